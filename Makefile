@@ -1,0 +1,44 @@
+# Each target builds its own .venv first, once; it is redone when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+export OMP_NUM_THREADS ?= 1 # our models are small: threads cost more than they bring
+
+.PHONY: help demo test test-slow lint fmt docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kvferry needs Python 3.11 or newer. Run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs,report]'
+	@touch $@
+
+demo: $(READY) ## one model reads, another one answers: two processes, real socket, real numbers
+	$(BIN)/kvferry demo
+
+test: $(READY) ## all quick tests
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal
+
+test-slow: $(READY) ## the tests that take minutes
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m slow --timeout 1800
+
+lint: $(READY) ## style, formatting, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+fmt: $(READY) ## repair style and formatting
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+docs: $(READY) ## build the documentation into site/; a warning is an error
+	$(BIN)/zensical build --strict --clean
+
+clean: ## remove what was built, the .venv too
+	rm -rf .venv site dist .pytest_cache .ruff_cache .hypothesis
