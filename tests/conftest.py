@@ -1,0 +1,30 @@
+"""What every test may rely on: one thread, a seed, and the shared folder if there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import shared
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models get slower, not faster, with more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of other people's models and texts; the test is skipped where there is none."""
+    folder = shared.find()
+    if folder is None:
+        pytest.skip(
+            f"no shared folder at {shared.expected()}; set {shared.VARIABLE} to one with models/ and data/"
+        )
+    return folder
