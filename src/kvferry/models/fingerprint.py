@@ -1,0 +1,92 @@
+"""Fingerprints: 64 hex digits that agree if and only if caches of one model can be read as caches of the other.
+
+They are computed once per load. Weights are sampled, not read whole: a fine-tune, a merged or attached LoRA and a
+quantisation change every sample, so 4 KiB per parameter tell them apart in a fraction of a second.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvferry.errors import ModelRefused
+from kvferry.kv import LayerGeometry
+
+BLOCKS, BLOCK = 16, 128
+"""A sample: 16 runs of 128 numbers, spread evenly from the first to the last; at bf16 that is 4 KiB."""
+
+
+def model_fingerprint(hf_model: PreTrainedModel, geometry_rows: tuple[LayerGeometry, ...]) -> str:
+    """SHA-256 over model type, dims and rotation of every layer, and a sample of every parameter, rounded to bf16.
+
+    Loads of one checkpoint as fp32 and bf16 agree; fp16 does not (it rounds differently), nor do other weights.
+    Raises `ModelRefused` for parameters that are not in memory.
+    """
+    # The type as well: equal weights mean something else under another architecture's multipliers.
+    kind = hf_model.config.get_text_config(decoder=True).model_type
+    digest = hashlib.sha256(_canonical([kind, [asdict(row) for row in geometry_rows]]))
+    for name, parameter in sorted(_own_parameters(hf_model)):
+        digest.update(_canonical([name, list(parameter.shape), *_kind(parameter)]))
+        digest.update(_sample(name, parameter).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the fast tokenizer's own JSON and its special tokens; padding and truncation do not count.
+
+    Raises `ModelRefused` for slow tokenizers: they cannot say which bytes a token stands for.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not tokenizer.is_fast or backend is None:
+        cure = "Load it with AutoTokenizer from a folder that has a tokenizer.json"
+        raise ModelRefused(f"{type(tokenizer).__name__} gives no offsets", cure=cure)
+    content = json.loads(backend.to_str())
+    # Both are set by the last call that padded or truncated.
+    content.pop("padding", None)
+    content.pop("truncation", None)
+    special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return hashlib.sha256(_canonical([content, special])).hexdigest()
+
+
+def _own_parameters(hf_model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once. An output embedding that equals the input one is left out, tied or stored twice."""
+    entrance, exit_ = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
+    tied = exit_ is not None and _equal(entrance.weight, exit_.weight)
+    skipped = {id(exit_.weight)} - {id(entrance.weight)} if tied else set()
+    return ((name, p) for name, p in hf_model.named_parameters() if id(p) not in skipped)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and one.device == other.device and torch.equal(one, other))
+
+
+def _kind(parameter: Tensor) -> list[str]:
+    """Nothing for floating point, where the precision loaded in does not count; else the storage type."""
+    return [] if parameter.is_floating_point() and parameter.element_size() >= 2 else [str(parameter.dtype)]
+
+
+def _sample(name: str, parameter: Tensor) -> UInt8[Tensor, " bytes"]:
+    if parameter.is_meta:
+        cure = "Load the model without offloading to disk"
+        raise ModelRefused(f"parameter {name} is not in memory", cure=cure)
+    flat = parameter.detach().flatten()
+    taken = flat[_offsets(flat.numel()).to(flat.device)]
+    rounded = taken.to(torch.bfloat16) if not _kind(parameter) else taken
+    return rounded.contiguous().view(torch.uint8)
+
+
+def _offsets(size: int) -> Int[Tensor, " sample"]:
+    if size <= BLOCKS * BLOCK:
+        return torch.arange(size)
+    # Runs, not single numbers: at an even stride the numbers could all lie in one column.
+    starts = torch.arange(BLOCKS) * (size - BLOCK) // (BLOCKS - 1)
+    return (starts.unsqueeze(-1) + torch.arange(BLOCK)).flatten()
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
