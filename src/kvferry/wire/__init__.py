@@ -1,0 +1,32 @@
+"""KVWire: `pack(Frame) -> bytes` and `unpack(bytes, limits) -> Frame`. It knows segments, never tensors.
+
+The format is normative in docs/format.md.
+"""
+
+from kvferry.wire.frame import Frame, Prefix, pack, packed_bytes, unpack, unpack_prefix
+from kvferry.wire.header import HEADER_BYTES, MAJOR, MINOR, FrameType, MessageKind
+from kvferry.wire.limits import DEFAULT_LIMITS, Limits
+from kvferry.wire.segments import Segment, SegmentType
+from kvferry.wire.text import json_frame, read_json, read_text, text_frame
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "HEADER_BYTES",
+    "MAJOR",
+    "MINOR",
+    "Frame",
+    "FrameType",
+    "Limits",
+    "MessageKind",
+    "Prefix",
+    "Segment",
+    "SegmentType",
+    "json_frame",
+    "pack",
+    "packed_bytes",
+    "read_json",
+    "read_text",
+    "text_frame",
+    "unpack",
+    "unpack_prefix",
+]
