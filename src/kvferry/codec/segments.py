@@ -1,0 +1,188 @@
+"""What a message says beside its numbers, one pair of functions per segment: shape, tokens, positions, roles, spans.
+
+Each writer has one output per content, so a reader need not look for needless zeros or unmerged runs: `manifest.py`
+writes again what it has read and compares. A default is not written at all: the writer then returns None.
+Bytes are specified in docs/format.md.
+"""
+
+from itertools import groupby
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from kvferry.codec.varints import read_varints, unzigzag, write_varints, zigzag
+from kvferry.errors import Malformed
+from kvferry.kv import Geometry, KeySpace, Spans
+from kvferry.wire.varint import read_varint, write_varint
+
+_SPACES: tuple[KeySpace, ...] = ("content", "rotated")
+_RANGE, _BITMAP = 0, 1
+_SPAN_NUMBERS = 3
+
+
+def shape_runs(geometry: Geometry) -> list[tuple[int, int, int, int]]:
+    """`(layers, heads, key_dim, value_dim)` for each run of equal layers."""
+    shapes = [(layer.heads, layer.key_dim, layer.value_dim) for layer in geometry.layers]
+    return [(len(list(run)), *shape) for shape, run in groupby(shapes)]
+
+
+def write_shape(runs: list[tuple[int, int, int, int]], space: KeySpace, call_length: int) -> bytes:
+    numbers = [_SPACES.index(space), call_length, *(number for run in runs for number in run)]
+    return write_varints(np.array(numbers, np.int64))
+
+
+def read_shape(body: bytes) -> tuple[list[tuple[int, int, int, int]], KeySpace, int]:
+    numbers = read_varints(body).tolist()
+    if len(numbers) % 4 != 2 or numbers[0] >= len(_SPACES):
+        raise Malformed(
+            f"SHAPE of {len(numbers)} numbers", cure="Write key space, call length and runs of four"
+        )
+    runs = [tuple(numbers[at : at + 4]) for at in range(2, len(numbers), 4)]
+    return runs, _SPACES[numbers[0]], numbers[1]
+
+
+def write_tokens(present: Bool[np.ndarray, "layers tokens"]) -> bytes | None:
+    """Which layers hold which tokens: per run of equal layers the smaller of a range and a bitmap."""
+    if present.all():
+        return None
+    runs = groupby(present, key=lambda row: row.tobytes())
+    rows = [(next(run), 1 + sum(1 for _ in run)) for _, run in runs]
+    return b"".join(write_varint(count) + _write_set(row) for row, count in rows)
+
+
+def _write_set(row: Bool[np.ndarray, " tokens"]) -> bytes:
+    held = np.flatnonzero(row)
+    start, stop = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
+    bitmap = bytes([_BITMAP]) + np.packbits(row, bitorder="little").tobytes()
+    as_range = bytes([_RANGE]) + write_varint(start) + write_varint(stop - start)
+    whole = stop - start == len(held)
+    return as_range if whole and len(as_range) <= len(bitmap) else bitmap
+
+
+def read_tokens(body: bytes | None, n_layers: int, n_tokens: int) -> Bool[np.ndarray, "layers tokens"]:
+    if body is None:
+        return np.broadcast_to(np.True_, (n_layers, n_tokens))
+    view, offset = memoryview(body), 0
+    rows: list[Bool[np.ndarray, " tokens"]] = []
+    while offset < len(body):
+        count, offset = _number(view, offset)
+        if not 0 < count <= n_layers - len(rows):
+            raise Malformed(f"TOKENS names more than {n_layers} layers or none", cure="Name each layer once")
+        row, offset = _read_set(view, offset, n_tokens)
+        rows += [row] * count
+    if len(rows) != n_layers or not np.any(rows, axis=0).all():
+        what = f"TOKENS names {len(rows)} of {n_layers} layers, or a token is in none"
+        raise Malformed(what, cure="Name each layer once and count only tokens that are sent")
+    return np.stack(rows)
+
+
+def _read_set(view: memoryview, offset: int, n_tokens: int) -> tuple[Bool[np.ndarray, " tokens"], int]:
+    mode, offset = _number(view, offset)
+    if mode == _RANGE:
+        start, offset = _number(view, offset)
+        length, offset = _number(view, offset)
+        if start + length > n_tokens:
+            raise Malformed(
+                f"TOKENS reaches {start + length} of {n_tokens} tokens", cure="Stay inside the message"
+            )
+        index = np.arange(n_tokens)
+        return (index >= start) & (index < start + length), offset
+    end = offset + (n_tokens + 7) // 8
+    if mode != _BITMAP or end > len(view):
+        raise Malformed(
+            f"TOKENS set of kind {mode} ends at {end} of {len(view)}", cure="Write a range or a bitmap"
+        )
+    bits = np.unpackbits(np.frombuffer(view[offset:end], np.uint8), bitorder="little")
+    return bits[:n_tokens].astype(bool), end
+
+
+def _number(view: memoryview, offset: int) -> tuple[int, int]:
+    found = read_varint(view, offset)
+    if found is None:
+        raise Malformed("TOKENS is cut", cure="Write each set whole")
+    return found
+
+
+def write_positions(positions: Int[np.ndarray, "axes tokens"]) -> bytes | None:
+    """Per axis the runs of consecutive positions, as distance from the last one and length."""
+    n_tokens = positions.shape[1]
+    if len(positions) == 1 and (positions[0] == np.arange(n_tokens)).all():
+        return None
+    parts = [np.array([len(positions)]), *(_position_runs(row) for row in positions)]
+    return write_varints(np.concatenate(parts))
+
+
+def _position_runs(row: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " numbers"]:
+    starts = np.flatnonzero(np.diff(row, prepend=row[:1] - 2) != 1)
+    lengths = np.diff(starts, append=len(row))
+    ends = row[starts] + lengths
+    gaps = row[starts] - np.concatenate([[0], ends[:-1]])[: len(starts)]
+    pairs = np.stack([zigzag(gaps), lengths], axis=1)
+    return np.concatenate([[len(starts)], pairs.ravel()])
+
+
+def read_positions(body: bytes | None, n_tokens: int) -> Int[np.ndarray, "axes tokens"]:
+    if body is None:
+        return np.arange(n_tokens)[None]
+    numbers = read_varints(body)
+    if not 0 < numbers[:1].sum() <= len(numbers):
+        raise Malformed(f"POSITIONS of {len(numbers)} numbers", cure="Write axes and the runs of each axis")
+    rows, at = [], 1
+    for _ in range(int(numbers[0])):
+        end = at + 1 + 2 * int(numbers[at]) if at < len(numbers) else at
+        rows.append(_expand_runs(numbers[at + 1 : end], n_tokens))
+        at = end
+    return np.stack(rows)
+
+
+def _expand_runs(pairs: Int[np.ndarray, " numbers"], n_tokens: int) -> Int[np.ndarray, " tokens"]:
+    gaps, lengths = unzigzag(pairs[0::2]), pairs[1::2]
+    if len(pairs) % 2 or lengths.sum() != n_tokens:
+        raise Malformed(f"POSITIONS for {lengths.sum()} of {n_tokens} tokens", cure="Place each token once")
+    starts = np.cumsum(gaps + np.concatenate([[0], lengths[:-1]])[: len(lengths)])
+    first = np.cumsum(lengths) - lengths
+    return np.arange(n_tokens) + np.repeat(starts - first, lengths)
+
+
+def write_roles(roles: UInt8[np.ndarray, " tokens"]) -> bytes | None:
+    """Runs of equal roles; None where every token is text."""
+    if not roles.any():
+        return None
+    starts = np.flatnonzero(np.diff(roles.astype(np.int64), prepend=-1))
+    lengths = np.diff(starts, append=len(roles))
+    return write_varints(np.stack([roles[starts].astype(np.int64), lengths], axis=1).ravel())
+
+
+def read_roles(body: bytes | None, n_tokens: int) -> UInt8[np.ndarray, " tokens"]:
+    if body is None:
+        return np.zeros(n_tokens, np.uint8)
+    numbers = read_varints(body)
+    roles, lengths = numbers[0::2], numbers[1::2]
+    if len(numbers) % 2 or lengths.sum() != n_tokens or roles.max(initial=0) > 255:
+        raise Malformed(
+            f"ROLES for {lengths.sum()} of {n_tokens} tokens", cure="Give each token one role below 256"
+        )
+    return np.repeat(roles, lengths).astype(np.uint8)
+
+
+def write_spans(spans: Spans) -> bytes:
+    """Per token the distance of its part and start from the token before, and its length."""
+    part, start, end = (column.astype(np.int64) for column in (spans.part, spans.start, spans.end))
+    columns = [np.diff(part, prepend=0), np.diff(start, prepend=0), end - start]
+    return write_varints(zigzag(np.stack(columns, axis=1).ravel()))
+
+
+def read_spans(body: bytes | None, roles: UInt8[np.ndarray, " tokens"]) -> Spans:
+    if body is None:
+        nowhere = np.zeros(len(roles), np.int32)
+        return Spans(nowhere, nowhere, nowhere, roles)
+    numbers = unzigzag(read_varints(body))
+    if len(numbers) != _SPAN_NUMBERS * len(roles):
+        what = f"SPANS of {len(numbers)} numbers for {len(roles)} tokens"
+        raise Malformed(what, cure=f"Write {_SPAN_NUMBERS} per token")
+    columns = numbers.reshape(-1, _SPAN_NUMBERS)
+    part, start = np.cumsum(columns[:, 0]), np.cumsum(columns[:, 1])
+    end = start + columns[:, 2]
+    if max(int(np.abs(column).max(initial=0)) for column in (part, start, end)) >= 1 << 31:
+        raise Malformed("SPANS reaches beyond 2**31", cure="Split the text into parts")
+    return Spans(part.astype(np.int32), start.astype(np.int32), end.astype(np.int32), roles)
