@@ -51,7 +51,9 @@ class RotarySpec:
 
     def __post_init__(self) -> None:
         if len(self.inv_freq) * 2 != self.dim:
-            raise BadSpec(f"{len(self.inv_freq)} frequencies turn {self.dim} channels", cure="Give one per pair")
+            raise BadSpec(
+                f"{len(self.inv_freq)} frequencies turn {self.dim} channels", cure="Give one per pair"
+            )
         if self.sections and sum(self.sections) != len(self.inv_freq):
             cure = f"They must add up to {len(self.inv_freq)} frequencies"
             raise BadSpec(f"sections {self.sections}", cure=cure)
@@ -66,6 +68,7 @@ class RotarySpec:
         if self.long.kind == "longrope":
             return replace(plain, inv_freq=self.long.inv_freq, scaling=self.long.scaling)
         return replace(plain, inv_freq=_dynamic_inv_freq(self.long, self.dim, call_length))
+
 
 NO_ROTATION = RotarySpec(style="none")
 

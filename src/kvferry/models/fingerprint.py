@@ -6,8 +6,8 @@ quantisation change every sample, so 4 KiB per parameter tell them apart in a fr
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
+from operator import itemgetter
 
 import torch
 from jaxtyping import Int, UInt8
@@ -30,9 +30,9 @@ def model_fingerprint(hf_model: PreTrainedModel, geometry_rows: tuple[LayerGeome
     # The type as well: equal weights mean something else under another architecture's multipliers.
     kind = hf_model.config.get_text_config(decoder=True).model_type
     digest = hashlib.sha256(_canonical([kind, [asdict(row) for row in geometry_rows]]))
-    for name, parameter in sorted(_own_parameters(hf_model)):
+    for name, parameter in sorted(_own_parameters(hf_model), key=itemgetter(0)):
         digest.update(_canonical([name, list(parameter.shape), *_kind(parameter)]))
-        digest.update(_sample(name, parameter).cpu().numpy().tobytes())
+        digest.update(_sample(parameter).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -49,20 +49,26 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     # Both are set by the last call that padded or truncated.
     content.pop("padding", None)
     content.pop("truncation", None)
-    special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return hashlib.sha256(_canonical([content, special])).hexdigest()
+    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
+    return hashlib.sha256(_canonical([content, roles])).hexdigest()
 
 
-def _own_parameters(hf_model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+def _own_parameters(hf_model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """Each parameter once. An output embedding that equals the input one is left out, tied or stored twice."""
-    entrance, exit_ = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
-    tied = exit_ is not None and _equal(entrance.weight, exit_.weight)
-    skipped = {id(exit_.weight)} - {id(entrance.weight)} if tied else set()
-    return ((name, p) for name, p in hf_model.named_parameters() if id(p) not in skipped)
+    found = list(hf_model.named_parameters())
+    for name, parameter in found:
+        if parameter.is_meta:
+            cure = "Load the model without offloading to disk"
+            raise ModelRefused(f"parameter {name} is not in memory", cure=cure)
+    entrance = getattr(hf_model.get_input_embeddings(), "weight", None)
+    exit_ = getattr(hf_model.get_output_embeddings(), "weight", None)
+    if entrance is exit_ or entrance is None or exit_ is None or not _equal(entrance, exit_):
+        return found
+    return [(name, parameter) for name, parameter in found if parameter is not exit_]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and one.device == other.device and torch.equal(one, other))
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
 
 
 def _kind(parameter: Tensor) -> list[str]:
@@ -70,10 +76,7 @@ def _kind(parameter: Tensor) -> list[str]:
     return [] if parameter.is_floating_point() and parameter.element_size() >= 2 else [str(parameter.dtype)]
 
 
-def _sample(name: str, parameter: Tensor) -> UInt8[Tensor, " bytes"]:
-    if parameter.is_meta:
-        cure = "Load the model without offloading to disk"
-        raise ModelRefused(f"parameter {name} is not in memory", cure=cure)
+def _sample(parameter: Tensor) -> UInt8[Tensor, " bytes"]:
     flat = parameter.detach().flatten()
     taken = flat[_offsets(flat.numel()).to(flat.device)]
     rounded = taken.to(torch.bfloat16) if not _kind(parameter) else taken

@@ -18,6 +18,8 @@ from kvferry.models.probe import Probe, attention_layers, decoder_of, rotary_mod
 from kvferry.models.rotary import read_layers
 
 CURE = "Use a decoder-only model with rotary positions and a key/value cache in every layer"
+MORE = "it holds more than keys and values"
+MIXED_IN = "they are mixed into the hidden states and cannot be taken out"
 
 _DRIFT = 1e-3
 
@@ -45,10 +47,11 @@ def _windows(hf_model: PreTrainedModel) -> Iterator[tuple[int | None, bool]]:
     config = hf_model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     types = getattr(config, "layer_types", None) or [""] * len(layers)
-    by_chunks = getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None)
+    # Without types transformers takes the sliding window where there is one, and else the chunk size.
+    unnamed = "" if getattr(config, "sliding_window", None) else "chunked_attention"
     for layer, kind in zip(layers, types, strict=True):
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-        yield window, window is not None and (kind == "chunked_attention" or (not kind and bool(by_chunks)))
+        yield window, window is not None and (kind or unnamed) == "chunked_attention"
 
 
 def _refuse_by_structure(hf_model: PreTrainedModel) -> None:
@@ -62,7 +65,7 @@ def _refuse_by_structure(hf_model: PreTrainedModel) -> None:
             _refuse(index, "no attention", "it keeps no keys and values")
         _refuse_attention(index, attention[index], decoder)
     if not rotary_modules(decoder):
-        _refuse(0, "learned or absolute positions", "they are mixed into the hidden states and cannot be taken out")
+        _refuse(0, "learned or absolute positions", MIXED_IN)
 
 
 def _cache_kinds(hf_model: PreTrainedModel) -> list[type]:
@@ -70,7 +73,8 @@ def _cache_kinds(hf_model: PreTrainedModel) -> list[type]:
     try:
         return [type(layer) for layer in DynamicCache(config=config).layers]
     except KeyError as error:  # a layer type that transformers itself caches in a class of the model's own
-        _refuse(list(config.layer_types).index(error.args[0]), f"{error.args[0]}", "it holds more than keys and values")
+        kind = error.args[0]
+        _refuse(list(config.layer_types).index(kind), f"a cache of kind {kind}", MORE)
 
 
 def _refuse_uncached(index: int, cached: type) -> None:
@@ -79,8 +83,12 @@ def _refuse_uncached(index: int, cached: type) -> None:
     if cached.__name__ == "DummyLayer":
         _refuse(index, "shared keys and values", "it reads the cache of another layer")
     if "Linear" in cached.__name__:
-        _refuse(index, "recurrent or convolutional state", "the state sums up all tokens and belongs to none of them")
-    _refuse(index, f"a cache of kind {cached.__name__}", "it holds more than keys and values")
+        _refuse(
+            index,
+            "recurrent or convolutional state",
+            "the state sums up all tokens and belongs to none of them",
+        )
+    _refuse(index, f"a cache of kind {cached.__name__}", MORE)
 
 
 def _refuse_attention(index: int, module: nn.Module, decoder: nn.Module) -> None:
@@ -93,7 +101,8 @@ def _refuse_attention(index: int, module: nn.Module, decoder: nn.Module) -> None
     if _uses_alibi(decoder):
         _refuse(index, "ALiBi positions", "distance is added to the scores, which needs the original slots")
     if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
-        _refuse(index, f"{type(module).__name__}, which is not on transformers' AttentionInterface", "masks cannot be set")
+        kind = f"{type(module).__name__}, which is not on transformers' AttentionInterface"
+        _refuse(index, kind, "its masks cannot be set")
 
 
 def _uses_alibi(decoder: nn.Module) -> bool:
@@ -104,7 +113,7 @@ def _uses_alibi(decoder: nn.Module) -> bool:
 
 def _refuse_added_positions(seen: Probe) -> None:
     if seen.drift > _DRIFT:
-        _refuse(0, "positions added to the embeddings", "they are mixed into the hidden states and cannot be taken out")
+        _refuse(0, "positions added to its input", MIXED_IN)
 
 
 def _refuse(layer: int, kind: str, lost: str) -> NoReturn:

@@ -60,7 +60,9 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
 def table_names(module: nn.Module) -> list[str]:
     """Buffers with inverse frequencies: `inv_freq`, or one per layer type such as `full_attention_inv_freq`."""
     names = [name for name, _ in module.named_buffers(recurse=False)]
-    return [name for name in names if name.endswith("inv_freq") and "original" not in name and "long" not in name]
+    return [
+        name for name in names if name.endswith("inv_freq") and "original" not in name and "long" not in name
+    ]
 
 
 def run_probe(hf_model: PreTrainedModel, start: int, offsets: tuple[int, ...], axes: int = 1) -> Probe:
@@ -69,10 +71,12 @@ def run_probe(hf_model: PreTrainedModel, start: int, offsets: tuple[int, ...], a
     Raises `UnsupportedLayer` for a layer that leaves no keys in the cache.
     """
     decoder = decoder_of(hf_model)
-    embedding = decoder.get_input_embeddings()
+    embedding: Any = decoder.get_input_embeddings()
     device, vocabulary = embedding.weight.device, int(embedding.weight.shape[0])
     ids = (torch.arange(TOKENS, device=device) + 1) * vocabulary // (TOKENS + 2)
-    moves = torch.tensor([[o * (axes - axis) // axes for o in offsets] for axis in range(axes)], device=device)
+    moves = torch.tensor(
+        [[o * (axes - axis) // axes for o in offsets] for axis in range(axes)], device=device
+    )
     positions = start + moves.unsqueeze(-1) + torch.arange(TOKENS, device=device)
     cache = DynamicCache()
     with torch.no_grad(), _same_input(attention_layers(decoder)) as drift:
@@ -86,7 +90,9 @@ def _call(decoder: PreTrainedModel, ids: Tensor, position_ids: Tensor, cache: Dy
         decoder(input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
     except TypeError as error:
         cure = "Use a decoder that takes position_ids and past_key_values"
-        raise ModelRefused(f"{type(decoder).__name__} cannot be run at given positions: {error}", cure=cure) from error
+        raise ModelRefused(
+            f"{type(decoder).__name__} cannot be run at given positions: {error}", cure=cure
+        ) from error
 
 
 def _cached(cache: DynamicCache, decoder: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,7 +124,9 @@ def _same_input(layers: dict[int, nn.Module]) -> Iterator[_Drift]:
 
 
 def _first_row_for_all(drift: _Drift | None) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if drift is not None:
             drift.relative = float((hidden - hidden[:1]).abs().max() / hidden.abs().max())
