@@ -5,8 +5,9 @@ Rule 2: where the interval of the difference holds zero the verdict is "undecide
 Rule 3: items that belong together (twins) are resampled together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,7 +41,7 @@ def paired(a: ArrayLike, b: ArrayLike, *, block: int = 1, seed: int = 0) -> Pair
     _check(first, second, block)
     ci95 = bootstrap_mean((first - second).reshape(-1, block).mean(-1), seed=seed)
     p = mcnemar(first, second) if _binary(first) and _binary(second) else None
-    return Paired(float((first - second).mean()), ci95, p, _verdict(ci95))
+    return Paired(float((first - second).mean()) + 0.0, ci95, p, _verdict(ci95))
 
 
 def bootstrap_mean(values: NDArray[np.float64], *, seed: int = 0) -> Interval:
@@ -53,17 +54,22 @@ def bootstrap_mean(values: NDArray[np.float64], *, seed: int = 0) -> Interval:
     parts = [rng.multinomial(n, counts / n, size=N_DRAWS // 10) for _ in range(10)]  # a tenth of the memory
     means = np.concatenate([part @ distinct / n for part in parts])
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return float(low) + 0.0, float(high) + 0.0  # no -0.0
 
 
 def mcnemar(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Exact two-sided p of McNemar's test: are the items that differ split like coin tosses?"""
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    return float(binomial_test()(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def binomial_test() -> Callable[[int, int], Any]:
+    """SciPy's exact binomial test; `MissingExtra` without SciPy."""
     try:
         from scipy.stats import binomtest
     except ImportError:
         raise MissingExtra("scipy", "report") from None
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return binomtest
 
 
 def wilson(n_right: int, n: int) -> Interval:

@@ -1,0 +1,43 @@
+"""The command `kvferry`: one file and one line per verb. A verb imports what is heavy when it is called."""
+
+from typing import Annotated
+
+import typer
+
+from kvferry import __version__
+from kvferry.cli.ask import ask
+from kvferry.cli.demo import demo
+from kvferry.cli.group import Verbs
+from kvferry.cli.send import send
+from kvferry.cli.serve import serve
+from kvferry.cli.zoo import zoo
+
+app = typer.Typer(
+    name="kvferry", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+app.command()(ask)
+app.command()(serve)
+app.command()(send)
+app.command()(demo)
+app.add_typer(zoo, name="zoo")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Hand what one language model has read to another one, as a KV cache."""
+
+
+def main() -> None:
+    """The console script."""
+    app()

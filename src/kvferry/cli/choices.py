@@ -1,0 +1,50 @@
+"""What several verbs ask for, and how they find it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvferry.errors import UsageError
+
+SENDER, RECEIVER, CODEC = "llama", "qwen3", "int(bits=8)"
+HOST, PORT = "127.0.0.1", 7070
+
+ContextOption = Annotated[
+    str, typer.Option("--context", metavar="FILE|-", help="The text to read; - is stdin.")
+]
+QuestionOption = Annotated[str, typer.Option(help="What to ask about it.")]
+SenderOption = Annotated[str, typer.Option(help="The model that reads: zoo name, folder or hub id.")]
+ReceiverOption = Annotated[str, typer.Option(help="The model that answers: zoo name, folder or hub id.")]
+AlignerOption = Annotated[
+    str | None, typer.Option(help="Folder, hub id or shipped name. Default: the one shipped for the pair.")
+]
+CodecOption = Annotated[str, typer.Option(help="How the cache is coded: raw, int(bits=8), int(bits=4), ...")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HostOption = Annotated[str, typer.Option(help="Address of the receiver.")]
+PortOption = Annotated[int, typer.Option(help="Its TCP port; where a receiver starts, 0 takes a free one.")]
+
+
+def read_context(name: str) -> str:
+    """The text of a file, or of stdin for `-`; `UsageError` where there is none."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode()
+    except OSError as error:
+        cure = "Give the name of a text file, or - for stdin"
+        raise UsageError(f"cannot read {name}: {error.strerror}", cure=cure) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is no UTF-8 at byte {error.start}", cure="Give a text file in UTF-8"
+        ) from None
+
+
+def choose_aligner(given: str | None, sender: str, receiver: str) -> str | None:
+    """The aligner asked for, else the one shipped for the pair; None for a model and itself."""
+    from kvferry.align import shipped
+
+    if given is not None:
+        left, to, right = given.partition("-to-")
+        return str(shipped.aligner_path(left, right)) if to and given in shipped.names() else given
+    return None if sender == receiver else str(shipped.aligner_path(sender, receiver))

@@ -1,0 +1,52 @@
+"""`kvferry send`: the side that reads, as a process of its own."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from kvferry.cli.choices import (
+    CODEC,
+    HOST,
+    PORT,
+    SENDER,
+    CodecOption,
+    ContextOption,
+    HostOption,
+    JsonFlag,
+    PortOption,
+    QuestionOption,
+    SenderOption,
+    read_context,
+)
+
+if TYPE_CHECKING:
+    from kvferry.cli.exchange import Answered
+    from kvferry.session.sender import Sender
+
+
+def send(
+    context: ContextOption,
+    question: QuestionOption,
+    sender: SenderOption = SENDER,
+    codec: CodecOption = CODEC,
+    host: HostOption = HOST,
+    port: PortOption = PORT,
+    json: JsonFlag = False,
+) -> None:
+    """Read a text and let a running receiver (kvferry serve) answer a question about it."""
+    text = read_context(context)
+    from kvferry.cli.exchange import show
+    from kvferry.session.sender import Sender
+
+    show(asyncio.run(_send(Sender(sender, codec), text, question, host, port)), json)
+
+
+async def _send(sender: "Sender", text: str, question: str, host: str, port: int) -> "Answered":
+    from kvferry.cli.exchange import put, read
+    from kvferry.session.exchange import call
+
+    message, times = read(sender, text)
+    remote = await call(host, port, sender.hello())
+    try:
+        return await put(remote, message, question, times)
+    finally:
+        await remote.close()

@@ -1,0 +1,39 @@
+"""Results on disk: written beside, then renamed, so that nobody reads half of one."""
+
+import secrets
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from kvferry.errors import FolderError, UsageError
+from kvferry.lab.demo import DemoResult
+
+_RESULT = TypeAdapter(DemoResult)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data`; an existing file is replaced whole or not at all."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        cure = "Name a file in a folder that you may write to"
+        raise UsageError(f"cannot write {path}: {error.strerror}", cure=cure) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_result(result: DemoResult, path: Path) -> None:
+    """As JSON."""
+    write_file(path, _RESULT.dump_json(result, indent=1) + b"\n")
+
+
+def load_result(path: Path) -> DemoResult:
+    """The inverse of `save_result`; `FolderError` for a file that is no result."""
+    try:
+        return _RESULT.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        what = f"{path} holds no demo result: {str(error).splitlines()[0]}"
+        raise FolderError(what, cure="Give a file written by kvferry demo --json") from None
