@@ -44,6 +44,7 @@ class KvferryError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, cure: str) -> None:
+        what = what.rstrip(".")
         super().__init__(f"{what}. {cure}")
         self.what = what
         self.cure = cure

@@ -10,7 +10,7 @@ Legend of dimension letters, used in every signature of the package:
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Literal
@@ -51,6 +51,12 @@ class Spans:
 
     def take(self, index: NDArray[np.intp] | slice) -> "Spans":
         return Spans(self.part[index], self.start[index], self.end[index], self.role[index])
+
+    def widen(self, width: int) -> "Spans":
+        """Padding in front, up to `width` tokens."""
+        n = width - len(self)
+        numbers = (np.pad(part, (n, 0)) for part in (self.part, self.start, self.end))
+        return Spans(*numbers, np.pad(self.role, (n, 0), constant_values=Role.PAD))
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,6 @@ class KV:
     spans: tuple[Spans, ...]
     space: KeySpace = "content"
     call_length: int = 0
-    rope_delta: Int[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
         _check_layers(self)
@@ -172,7 +177,6 @@ class KV:
             present=self.present[:, rows],
             positions=self.positions[:, rows],
             spans=tuple(self.spans[row] for row in rows),
-            rope_delta=None if self.rope_delta is None else self.rope_delta[rows],
         )
 
     def sequences(self) -> Iterator["KV"]:
@@ -195,6 +199,37 @@ class KV:
                     row, batch, head, token = (int(i) for i in bad.nonzero()[0])
                     where = f"layer {group.layers[row]}, head {head}, token {token} of sequence {batch}"
                     raise NotFinite(f"{what} at {where} is NaN or infinite", cure="Check the model's dtype: fp16 overflows")
+
+
+def stack(caches: Sequence[KV]) -> KV:
+    """One left-padded batch of caches of one geometry. Padding slots are absent and zero.
+
+    Raises `ShapeMismatch` for caches of different models or key spaces.
+    """
+    first, width = caches[0], max(kv.n_tokens for kv in caches)
+    if any((kv.geometry, kv.space) != (first.geometry, first.space) for kv in caches):
+        raise ShapeMismatch("caches of different models or key spaces", cure="Stack caches of one sender")
+    return replace(
+        first,
+        groups=tuple(_stack_groups([kv.groups[i] for kv in caches], width) for i in range(len(first.groups))),
+        present=torch.cat([_widen(kv.present, width, -1) for kv in caches], 1),
+        positions=torch.cat([_widen(kv.positions, width, -1) for kv in caches], 1),
+        spans=tuple(spans.widen(width) for kv in caches for spans in kv.spans),
+        call_length=max(kv.call_length for kv in caches),
+    )
+
+
+def _stack_groups(groups: list[Group], width: int) -> Group:
+    keys = torch.cat([_widen(group.keys, width, -2) for group in groups], 1)
+    values = torch.cat([_widen(group.values, width, -2) for group in groups], 1)
+    return Group(groups[0].layers, keys, values)
+
+
+def _widen(tensor: Tensor, width: int, axis: int) -> Tensor:
+    """Zeros in front, along the token axis."""
+    shape = list(tensor.shape)
+    shape[axis] = width - shape[axis]
+    return torch.cat([tensor.new_zeros(shape), tensor], axis)
 
 
 def _check_layers(kv: KV) -> None:

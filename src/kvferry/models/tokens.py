@@ -1,0 +1,108 @@
+"""Text to token ids with byte spans: the only place that calls a tokenizer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from kvferry.errors import UsageError
+from kvferry.kv import Role, Spans
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A left-padded batch of token ids; `mask` is False on padding."""
+
+    ids: Int[Tensor, "batch tokens"]
+    mask: Bool[Tensor, "batch tokens"]
+    spans: tuple[Spans, ...]
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        return self.mask.sum(-1)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], role: Role = Role.TEXT) -> Tokens:
+    """Tokenise texts that stand in the middle of a prompt: no special tokens, no dummy space in front."""
+    return pad([_encode_one(tokenizer, text, role) for text in texts])
+
+
+def pad(rows: list[tuple[list[int], Spans]]) -> Tokens:
+    """Left-pad rows of ids and spans to one length (padding id 0, role PAD)."""
+    width = max((len(ids) for ids, _ in rows), default=0)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, (numbers, _) in enumerate(rows):
+        if numbers:
+            ids[row, -len(numbers) :] = torch.tensor(numbers)
+            mask[row, -len(numbers) :] = True
+    return Tokens(ids, mask, tuple(spans.widen(width) for _, spans in rows))
+
+
+def join(*parts: Tokens) -> Tokens:
+    """Concatenate row by row, padding moved to the left again."""
+    rows = []
+    for row in range(parts[0].ids.shape[0]):
+        numbers = [number for part in parts for number in part.ids[row][part.mask[row]].tolist()]
+        rows.append((numbers, _join_spans([part.spans[row].take(part.mask[row].numpy()) for part in parts])))
+    return pad(rows)
+
+
+def plain_spans(n_tokens: int, role: Role) -> Spans:
+    """Spans of tokens that stand for no text of the context."""
+    zeros = np.zeros(n_tokens, np.int32)
+    return Spans(zeros, zeros.copy(), zeros.copy(), np.full(n_tokens, role, np.uint8))
+
+
+def _encode_one(tokenizer: PreTrainedTokenizerFast, text: str, role: Role) -> tuple[list[int], Spans]:
+    try:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    except NotImplementedError:
+        cure = "Load a fast tokenizer (tokenizer.json)"
+        raise UsageError(f"{type(tokenizer).__name__} gives no offsets", cure=cure) from None
+    ids, offsets = list(found["input_ids"]), [tuple(pair) for pair in found["offset_mapping"]]
+    if _starts_with_dummy_space(tokenizer, text, ids):
+        ids, offsets = ids[1:], offsets[1:]
+    start, end = byte_ranges(text, offsets)
+    return ids, Spans(np.zeros(len(ids), np.int32), start, end, np.full(len(ids), role, np.uint8))
+
+
+def _starts_with_dummy_space(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> bool:
+    """A lone "▁" that the normaliser put before a text without leading space (SentencePiece style)."""
+    return bool(ids) and not text.startswith((" ", "▁")) and tokenizer.convert_ids_to_tokens(ids[0]) == "▁"
+
+
+def byte_ranges(text: str, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Character offsets to UTF-8 byte ranges.
+
+    Tokens that share one character (byte-level pieces of an emoji, say) report the same offsets; its bytes are dealt
+    out to them in order, so that no byte is lost and none is counted twice.
+
+    >>> byte_ranges("aé", [(0, 1), (1, 2), (1, 2)])[0].tolist()
+    [0, 1, 2]
+    """
+    edges = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])]).astype(np.int32)
+    start = np.array([edges[first] for first, _ in offsets], np.int32)
+    end = np.array([edges[last] for _, last in offsets], np.int32)
+    first = 0
+    while first < len(offsets):
+        last = first + 1
+        while last < len(offsets) and offsets[last] == offsets[first]:
+            last += 1
+        if last - first > 1:
+            cuts = np.linspace(start[first], end[first], last - first + 1).round().astype(np.int32)
+            start[first:last], end[first:last] = cuts[:-1], cuts[1:]
+        first = last
+    return start, end
+
+
+def _join_spans(parts: list[Spans]) -> Spans:
+    return Spans(
+        np.concatenate([part.part for part in parts]),
+        np.concatenate([part.start for part in parts]),
+        np.concatenate([part.end for part in parts]),
+        np.concatenate([part.role for part in parts]),
+    )
