@@ -1,0 +1,76 @@
+"""What an aligner promises, and the base class of all aligners.
+
+A map is only good for the two models, the token grid and the codecs that it was fitted for: fitted on clean caches it
+fails under a coarse codec, and the reverse. So these are part of its folder, and a receiver refuses anything else.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub import PyTorchModelHubMixin
+from pydantic import TypeAdapter
+from torch import nn
+
+from kvferry.errors import CodecNotCovered, ForeignModel
+from kvferry.kv import KV, Geometry
+from kvferry.spec import read_call
+
+Grid = Literal["sender", "receiver"]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The two geometries, the token grid, the codecs covered, and receiver tokens per sender token."""
+
+    sender: Geometry
+    receiver: Geometry
+    grid: Grid = "sender"
+    coded_with: tuple[str, ...] = ()
+    stride: float = 1.0
+
+    def require_sender(self, model: str, tokenizer: str) -> None:
+        """Raise `ForeignModel` unless hex fingerprints (prefixes allowed) are those of the sender fitted for."""
+        for what, got, want in (("model", model, self.sender.model), ("tokenizer", tokenizer, self.sender.tokenizer)):
+            if not want.startswith(got):
+                cure = "Fit an aligner for this pair: kvferry fit --sender ... --receiver ..."
+                raise ForeignModel(f"{what} {got[:16]} sent, the aligner was fitted for {want[:16]}", cure=cure)
+
+
+def covers(coded_with: tuple[str, ...], spec: str) -> bool:
+    """Whether a codec is one of those fitted under; `raw` at fp32 is covered by any `raw`, being finer.
+
+    >>> covers(("raw(dtype=float16)",), "raw(dtype=float32)"), covers(("raw(dtype=float16)",), "int(bits=4)")
+    (True, False)
+    """
+    if spec in coded_with:
+        return True
+    return spec == "raw(dtype=float32)" and any(read_call(known)[0] == "raw" for known in coded_with)
+
+
+def to_json(contract: Contract) -> dict[str, Any]:
+    return TypeAdapter(Contract).dump_python(contract, mode="json")
+
+
+def from_json(data: dict[str, Any]) -> Contract:
+    return TypeAdapter(Contract).validate_python(data)
+
+
+class Aligner(nn.Module, PyTorchModelHubMixin, ABC, coders={Contract: (to_json, from_json)}, library_name="kvferry"):
+    """KV(sender) -> KV(receiver). A folder of `config.json`, `model.safetensors` and a card; never pickle."""
+
+    name: ClassVar[str]
+
+    def __init__(self, contract: Contract) -> None:
+        super().__init__()
+        self.contract = contract
+
+    def require_codec(self, spec: str) -> None:
+        """Raise `CodecNotCovered` unless the map was fitted under this codec."""
+        if not covers(self.contract.coded_with, spec):
+            cure = f"Send with one of: {', '.join(self.contract.coded_with)}"
+            raise CodecNotCovered(f"codec {spec} is not covered by the aligner", cure=cure)
+
+    @abstractmethod
+    def forward(self, kv: KV) -> KV:
+        """The same tokens, as the receiver would hold them. Content space in, content space out."""

@@ -1,0 +1,28 @@
+"""A token's whole cache entry as one vector, and back."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvferry.kv import KV, Geometry, Group
+
+
+def flatten(kv: KV) -> Float[Tensor, "batch tokens features"]:
+    """Keys, then values, of all layers and heads of each token, fp32. Order: group, K|V, layer, head, channel."""
+    parts = [part for group in kv.groups for part in (group.keys, group.values)]
+    return torch.cat([part.float().permute(1, 3, 0, 2, 4).flatten(2) for part in parts], -1)
+
+
+def unflatten(features: Float[Tensor, "batch tokens features"], geometry: Geometry) -> tuple[Group, ...]:
+    """The inverse of `flatten` for a geometry of as many floats per token."""
+    groups, start = [], 0
+    for members in geometry.groups():
+        layer = geometry.layers[members[0]]
+        parts = []
+        for dim in (layer.key_dim, layer.value_dim):
+            width = len(members) * layer.heads * dim
+            part = features[..., start : start + width].unflatten(-1, (len(members), layer.heads, dim))
+            parts.append(part.permute(2, 0, 3, 1, 4))
+            start += width
+        groups.append(Group(members, parts[0], parts[1]))
+    return tuple(groups)

@@ -1,0 +1,59 @@
+"""Aligner folders: `config.json` (name and contract), `model.safetensors`, `README.md` (the card)."""
+
+import importlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+
+from kvferry.align.contract import Aligner, to_json
+from kvferry.align.table import ALIGNERS
+from kvferry.errors import FolderError, UnknownName
+
+_CURE = "Give a folder written by kvferry fit, or the hub id of one"
+
+
+def save_aligner(aligner: Aligner, folder: Path, card: str) -> None:
+    """Write the folder beside its place, then move it there: a reader never sees half of it."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fit-") as beside:
+        whole = Path(beside) / folder.name
+        aligner.save_pretrained(whole, config={"name": aligner.name, "contract": to_json(aligner.contract)})
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        whole.rename(folder)
+
+
+def load_aligner(where: str | Path) -> Aligner:
+    """Load a folder or hub id. Raises `FolderError` for one that is missing, corrupt or of another kind."""
+    folder = _folder(where)
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["name"]
+        return aligner_class(name).from_pretrained(folder).eval()
+    except UnknownName:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise FolderError(f"no aligner in {where}: {type(error).__name__}: {error}", cure=_CURE) from error
+
+
+def aligner_class(name: str) -> type[Aligner]:
+    """The class behind the name in a folder; only names of our own table are looked up."""
+    if name not in ALIGNERS:
+        raise UnknownName("aligner", name, ALIGNERS)
+    module, _, attribute = ALIGNERS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _folder(where: str | Path) -> Path:
+    if Path(where).is_dir():
+        return Path(where)
+    try:
+        return Path(snapshot_download(str(where)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FolderError(f"no aligner folder {str(where)!r}", cure=_CURE) from error

@@ -1,0 +1,6 @@
+"""Every aligner, by the name that its folder carries."""
+
+ALIGNERS = {
+    "identity": "kvferry.align.identity:Identity",
+    "linear": "kvferry.align.linear:Linear",
+}

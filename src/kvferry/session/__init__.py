@@ -1,0 +1,1 @@
+"""Sender and receiver: what one reads, the other answers from."""

@@ -1,0 +1,163 @@
+"""The talk between a sender and a receiver over a channel.
+
+    sender                                receiver
+    HELLO                           ->
+                                    <-    HELLO (accepted) or ERROR, which ends the talk
+    REQUEST (n questions)           ->                                      } any number
+    message 1 ... message n         ->                                      } of times
+                                    <-    REPORT (n replies) or ERROR       }
+
+Rule 1: hello comes first. Rule 2: a request announces its messages, so every request has exactly one answer, whatever
+became of the messages. Rule 3: a refused message costs nobody else anything: receiver and connection stay up.
+Rule 4: a request that cannot be read ends the talk, because nobody knows what would follow it.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kvferry.errors import ContractError, KvferryError, LimitExceeded, Malformed, PeerLost, PeerRefused
+from kvferry.link import Channel, Listener, connect, listen
+from kvferry.session.message import Message, message_of
+from kvferry.session.receiver import Receiver
+from kvferry.session.reply import Reply
+from kvferry.wire import Frame, MessageKind, json_frame, read_json
+
+MAX_MESSAGES = 256
+"""In one request: four of the batches that saturate two cores."""
+MAX_NEW_TOKENS = 4096
+ANSWER_TIMEOUT_S = 600.0
+"""The longest silence: a large batch on a slow machine computes for minutes."""
+
+
+class Remote:
+    """A receiver at the other end of a channel, after hello."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.meter = channel.meter
+
+    async def ask(
+        self, messages: Sequence[Message], questions: Sequence[str], *, max_new_tokens: int = 32
+    ) -> list[Reply]:
+        """Send one question and one message for each reply; `PeerRefused` with the receiver's own reason."""
+        request = {"questions": list(questions), "max_new_tokens": max_new_tokens}
+        await self.channel.send(message_of(json_frame(MessageKind.REQUEST, request)).data, "request")
+        for message in messages:
+            await self.channel.send(message.data, "message")
+        frame = await _expect(self.channel, MessageKind.REPORT, "answer")
+        return _read_replies(frame, len(questions))
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+
+async def greet(channel: Channel, hello: Message) -> Remote:
+    """Say hello over a channel; `PeerRefused` where the receiver does not accept the contract."""
+    await channel.send(hello.data, "hello")
+    await _expect(channel, MessageKind.HELLO, "hello")
+    return Remote(channel)
+
+
+async def call(host: str, port: int, hello: Message, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Remote:
+    """Connect to a receiver by TCP and say hello. `timeout_s` is the longest silence while it computes."""
+    channel = await connect(host, port, timeout_s=timeout_s)
+    try:
+        return await greet(channel, hello)
+    except BaseException:
+        await channel.close()
+        raise
+
+
+async def serve(receiver: Receiver, host: str, port: int, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Listener:
+    """Answer senders by TCP until the listener is closed."""
+
+    async def handle(channel: Channel) -> None:
+        await converse(receiver, channel)
+
+    return await listen(host, port, handle, timeout_s=timeout_s)
+
+
+async def converse(receiver: Receiver, channel: Channel) -> None:
+    """The receiver's half of one conversation, until the sender leaves."""
+    greeting = await channel.receive("hello")
+    accepted = await _answer(channel, lambda: receiver.welcome(Message(greeting)), "hello")
+    while accepted:
+        try:
+            request = await channel.receive("request")
+        except PeerLost:
+            return
+        accepted = await _serve_request(receiver, channel, Message(request))
+
+
+async def _serve_request(receiver: Receiver, channel: Channel, request: Message) -> bool:
+    """Whether the conversation can go on."""
+    try:
+        questions, max_new_tokens = _read_request(request)
+    except KvferryError as error:
+        await channel.send(_refusal(error).data, "answer")
+        return False
+    messages = [Message(await channel.receive("message")) for _ in questions]
+
+    def report() -> Message:
+        replies = receiver.answer_batch(messages, questions, max_new_tokens=max_new_tokens)
+        return message_of(json_frame(MessageKind.REPORT, {"replies": [asdict(reply) for reply in replies]}))
+
+    await _answer(channel, report, "answer")
+    return True
+
+
+async def _answer(channel: Channel, make: Callable[[], Message], kind: str) -> bool:
+    """Send what `make` gives, or the refusal it raises. The model works in a thread: other senders stay served."""
+    try:
+        answer, accepted = await asyncio.to_thread(make), True
+    except KvferryError as error:
+        answer, accepted = _refusal(error), False
+    await channel.send(answer.data, kind)
+    return accepted
+
+
+def _refusal(error: KvferryError) -> Message:
+    content = {"error": type(error).__name__, "what": error.what, "cure": error.cure}
+    return message_of(json_frame(MessageKind.ERROR, content))
+
+
+def _read_request(message: Message) -> tuple[list[str], int]:
+    if message.frame.kind != MessageKind.REQUEST:
+        raise ContractError(f"a {message.frame.kind.name} came instead of REQUEST", cure="Announce messages by a REQUEST")
+    content = read_json(message.frame)
+    questions, n_new = content.get("questions"), content.get("max_new_tokens")
+    if not isinstance(questions, list) or not all(isinstance(question, str) for question in questions):
+        raise Malformed("REQUEST without a list of questions", cure="Send what Remote.ask sends")
+    if not 1 <= len(questions) <= MAX_MESSAGES:
+        cure = f"Ask 1 to {MAX_MESSAGES} at once"
+        raise LimitExceeded(f"{len(questions)} questions in one request, the limit is {MAX_MESSAGES}", cure=cure)
+    if not isinstance(n_new, int) or not 1 <= n_new <= MAX_NEW_TOKENS:
+        cure = f"Ask for 1 to {MAX_NEW_TOKENS}"
+        raise LimitExceeded(f"max_new_tokens is {n_new!r}, the limit is {MAX_NEW_TOKENS}", cure=cure)
+    return questions, n_new
+
+
+async def _expect(channel: Channel, kind: MessageKind, label: str) -> Frame:
+    frame = Message(await channel.receive(label)).frame
+    if frame.kind == MessageKind.ERROR:
+        content = read_json(frame)
+        raise PeerRefused(f"{content.get('error')}: {content.get('what')}", cure=str(content.get("cure")))
+    if frame.kind != kind:
+        raise ContractError(f"{frame.kind.name} came where {kind.name} belongs", cure="Use kvferry on both sides")
+    return frame
+
+
+def _read_replies(frame: Frame, n: int) -> list[Reply]:
+    rows: Any = read_json(frame).get("replies")
+    if not isinstance(rows, list) or len(rows) != n:
+        raise Malformed(f"REPORT without {n} replies", cure="Use kvferry on both sides")
+    return [_read_reply(row) for row in rows]
+
+
+def _read_reply(row: Any) -> Reply:
+    try:
+        return Reply(str(row["text"]), str(row["ended_by"]), {k: float(v) for k, v in row["stages_ms"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise Malformed("a reply without text, ended_by or stages_ms", cure="Use kvferry on both sides") from None

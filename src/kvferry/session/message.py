@@ -1,0 +1,86 @@
+"""The bytes of one frame, the only thing whose size is ever reported."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import zstandard
+
+from kvferry.errors import LimitExceeded, Malformed
+from kvferry.link import Meter, read_message, write_message
+from kvferry.wire import (
+    DEFAULT_LIMITS,
+    Frame,
+    Limits,
+    MessageKind,
+    Segment,
+    SegmentType,
+    pack,
+    read_text,
+    text_frame,
+    unpack,
+)
+
+ZSTD_LEVEL = 19
+
+
+@dataclass(frozen=True)
+class Message:
+    """One packed frame.
+
+    >>> message = text_message("The ring is in the barn.")
+    >>> message.text, len(message) == len(message.data)
+    ('The ring is in the barn.', True)
+    """
+
+    data: bytes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The frame inside; a `WireError` for bytes that hold none."""
+        return unpack(self.data)
+
+    @property
+    def is_text(self) -> bool:
+        return self.frame.kind == MessageKind.TEXT
+
+    @cached_property
+    def text(self) -> str:
+        """The text of a text message, decompressed within the wire's limits."""
+        packed = self.frame.body(SegmentType.TEXT_ZSTD)
+        return read_text(self.frame) if packed is None else _decompress(packed, DEFAULT_LIMITS)
+
+    def save(self, path: str | Path) -> None:
+        """Write the message to a file, beside its place and then there."""
+        write_message(Path(path), self.data, Meter())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Message":
+        return cls(read_message(Path(path), Meter()))
+
+
+def message_of(frame: Frame) -> Message:
+    """Pack a frame."""
+    return Message(pack(frame))
+
+
+def text_message(text: str, *, compress: bool = False) -> Message:
+    """The baseline: the text itself, as UTF-8 or as one zstd frame of it."""
+    if not compress:
+        return message_of(text_frame(text))
+    body = zstandard.ZstdCompressor(ZSTD_LEVEL).compress(text.encode())
+    return message_of(Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT_ZSTD, body),)))
+
+
+def _decompress(packed: bytes, limits: Limits) -> str:
+    try:
+        n_bytes = zstandard.frame_content_size(packed)
+        if not 0 <= n_bytes <= limits.max_bytes:
+            cure = "Send less text or raise Limits.max_bytes"
+            raise LimitExceeded(f"the text unpacks to {n_bytes} bytes, the limit is {limits.max_bytes}", cure=cure)
+        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=n_bytes).decode()
+    except (zstandard.ZstdError, UnicodeDecodeError) as error:
+        raise Malformed(f"the packed text cannot be read: {error}", cure="Send one zstd frame of UTF-8") from None

@@ -1,0 +1,137 @@
+"""The side that answers: message and question in, reply out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvferry import __version__
+from kvferry.align.contract import Aligner, Contract
+from kvferry.align.folder import load_aligner
+from kvferry.align.identity import Identity
+from kvferry.codec import codec_of, decode
+from kvferry.errors import ContractError, ForeignModel, GridMismatch, Malformed, UsageError
+from kvferry.fuse.layout import relay_layout
+from kvferry.kv import KV, stack
+from kvferry.models.generate import OnText
+from kvferry.models.load import Model, load
+from kvferry.models.state import State, empty, inject, read
+from kvferry.session.message import Message, message_of
+from kvferry.session.reading import answer_texts, finish, question_tokens
+from kvferry.session.reply import Reply, Stopwatch
+from kvferry.wire import Frame, MessageKind, json_frame, read_json
+
+
+class Receiver:
+    """A model that answers from messages, through the aligner of its sender.
+
+    Without an aligner it takes messages of its own model only. Every message is checked against the contract: model,
+    tokenizer, grid and codec; anything else is refused, and the receiver goes on.
+    """
+
+    def __init__(self, model: Model | str, aligner: Aligner | str | Path | None = None) -> None:
+        self.model = load(model) if isinstance(model, str) else model
+        self.aligner = self._aligner(aligner).to(self.model.device)
+        self.contract = self.aligner.contract
+        if self.contract.receiver.model != self.model.geometry.model:
+            cure = "Load the receiver that the aligner's card names, or fit one for this model"
+            raise ForeignModel(f"the aligner was fitted for another receiver than {self.model.name}", cure=cure)
+
+    def answer(
+        self, message: Message, question: str, *, max_new_tokens: int = 32, on_text: OnText | None = None
+    ) -> Reply:
+        """Answer a question about what the sender read. A text message is read as text.
+
+        Raises `WireError` for damaged bytes, `ContractError` for a message this aligner must not see,
+        `ContextTooLong` where slots and question exceed the model's positions.
+        """
+        return self.answer_batch([message], [question], max_new_tokens=max_new_tokens, on_text=on_text)[0]
+
+    def answer_batch(
+        self,
+        messages: Sequence[Message],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 32,
+        on_text: OnText | None = None,
+    ) -> list[Reply]:
+        """`answer` for several messages at once, all text or all caches; the same replies as one by one."""
+        _check_batch(messages, questions)
+        if messages[0].is_text:
+            texts = [message.text for message in messages]
+            return answer_texts(self.model, texts, questions, max_new_tokens=max_new_tokens, on_text=on_text)
+        watch = Stopwatch(self.model.device)
+        with watch.stage("decode"):
+            caches = stack([self._decode(message.frame) for message in messages])
+        with watch.stage("align"), torch.no_grad():
+            aligned = self.aligner(caches)
+        with watch.stage("prefill"):
+            state, logits = self._prefill(aligned, questions)
+        return finish(state, logits, watch, max_new_tokens=max_new_tokens, on_text=on_text)
+
+    def welcome(self, hello: Message) -> Message:
+        """Accept a sender's hello or raise the `ContractError` that says why not."""
+        content = _read_hello(hello.frame)
+        self.contract.require_sender(content["model"], content["tokenizer"])
+        _require_grid(content["grid"], self.contract)
+        self.aligner.require_codec(content["codec"])
+        answer = {
+            "kvferry": __version__,
+            "model": self.model.geometry.model,
+            "grid": self.contract.grid,
+            "codecs": list(self.contract.coded_with),
+        }
+        return message_of(json_frame(MessageKind.HELLO, answer))
+
+    def _aligner(self, given: Aligner | str | Path | None) -> Aligner:
+        if isinstance(given, Aligner):
+            return given
+        if given is not None:
+            return load_aligner(given)
+        own = self.model.geometry
+        return Identity(Contract(sender=own, receiver=own))
+
+    def _decode(self, frame: Frame) -> KV:
+        if frame.kind != MessageKind.KV:
+            raise ContractError(f"a {frame.kind.name} message, a cache or text is needed", cure="Send what Sender.read made")
+        self.contract.require_sender(f"{frame.model_hash:016x}", f"{frame.tokenizer_hash:016x}")
+        _require_grid(frame.grid.name.lower(), self.contract)
+        self.aligner.require_codec(repr(codec_of(frame)))
+        kv = decode(frame, self.contract.sender, device=self.model.device)
+        kv.require_space("content")
+        return kv
+
+    @torch.no_grad()
+    def _prefill(self, kv: KV, questions: Sequence[str]) -> tuple[State, torch.Tensor]:
+        head = self.model.heads(kv.n_batch)
+        layout = relay_layout(kv, head.ids.shape[1], self.contract.stride)
+        asked = question_tokens(self.model, kv.spans, questions)
+        state = empty(self.model, kv.n_batch, call_length=int(layout.next_position.max()) + asked.ids.shape[1])
+        if head.ids.shape[1]:
+            read(state, head)
+        inject(state, kv, layout.positions, layout.next_position)
+        return state, read(state, asked)[:, -1]
+
+
+def _check_batch(messages: Sequence[Message], questions: Sequence[str]) -> None:
+    if not messages or len(messages) != len(questions):
+        raise UsageError(f"{len(messages)} messages and {len(questions)} questions", cure="Give one question to each message")
+    if len({message.is_text for message in messages}) > 1:
+        raise UsageError("text and cache messages in one batch", cure="Answer them in two calls")
+
+
+def _read_hello(frame: Frame) -> dict[str, Any]:
+    if frame.kind != MessageKind.HELLO:
+        raise ContractError(f"the first message is {frame.kind.name}", cure="Begin with HELLO")
+    content = read_json(frame)
+    missing = {"model", "tokenizer", "grid", "codec"} - {key for key in content if isinstance(content[key], str)}
+    if missing:
+        raise Malformed(f"HELLO without {', '.join(sorted(missing))}", cure="Send what Sender.hello() makes")
+    return content
+
+
+def _require_grid(grid: str, contract: Contract) -> None:
+    if grid != contract.grid:
+        cure = "Send on the aligner's grid or fit one for yours"
+        raise GridMismatch(f"tokens come on the {grid} grid, the aligner reads the {contract.grid} grid", cure=cure)

@@ -1,0 +1,146 @@
+"""What a map is fitted on: contexts, and continuations of which some pieces are scored."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from kvferry.errors import FolderError, UsageError
+from kvferry.models.prompt import Prompt
+from kvferry.models.zoo.worlds import Document, make_document
+
+Split = Literal["train", "dev", "test"]
+PASSAGE_CHARS, CONTINUATION_CHARS = 400, 120
+_KINDS = ("place", "met", "needle", "count", "two_hop")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context and what follows it: pieces of text, each with whether the receiver must predict it."""
+
+    context: str
+    pieces: tuple[tuple[str, bool], ...]
+
+
+class Source(Protocol):
+    """Endless seeded examples of a split; the same seed gives the same examples."""
+
+    name: str
+
+    def examples(self, split: Split, seed: int) -> Iterator[Example]: ...
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """The zoo's small worlds: 4 to 32 facts, several questions each."""
+
+    name: str = "worlds"
+    n_questions: int = 8
+
+    def examples(self, split: Split, seed: int) -> Iterator[Example]:
+        rng = random.Random(f"{split}{seed}")
+        while True:
+            # Few facts more often than many: they are quicker, and what they teach carries over.
+            n_facts, n_fillers = rng.choice((4, 8, 8, 8, 16, 32)), rng.choice((0, 0, 4, 8))
+            kind = rng.choice(_KINDS)
+            number = rng.getrandbits(40)
+            yield _of_document(
+                make_document(
+                    number,
+                    kind=kind,
+                    n_facts=n_facts,
+                    n_fillers=n_fillers,
+                    n_questions=self.n_questions,
+                    split=split,
+                )
+            )
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """Passages of a plain text; the continuation after the first word is scored. Splits are disjoint stretches."""
+
+    path: Path
+    name: str = "text"
+
+    def examples(self, split: Split, seed: int) -> Iterator[Example]:
+        text = _stretch(_read(self.path), split)
+        rng = random.Random(f"{split}{seed}")
+        while True:
+            start = text.find(" ", rng.randrange(len(text) - PASSAGE_CHARS - 2 * CONTINUATION_CHARS)) + 1
+            end = text.find(" ", start + PASSAGE_CHARS)
+            if start > 0 and end > 0:
+                yield _of_passage(text[start:end], text[end : end + CONTINUATION_CHARS])
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """JSON lines with `context`, `question` and `answer`; every tenth line is dev, every ninth of ten test."""
+
+    path: Path
+    prompt: Prompt
+    name: str = "jsonl"
+
+    def examples(self, split: Split, seed: int) -> Iterator[Example]:
+        rows = [row for i, row in enumerate(_rows(self.path)) if _split_of_line(i) == split]
+        if not rows:
+            raise UsageError(f"{self.path} has no line for {split}", cure="Give at least ten lines")
+        rng = random.Random(f"{split}{seed}")
+        while True:
+            row = rng.choice(rows)
+            pieces = ((self.prompt.question(row["question"]), False), (f" {row['answer']}", True))
+            yield Example(row["context"], pieces)
+
+
+def source_of(path: Path | None, prompt: Prompt) -> Source:
+    """The source for `--data`: the worlds, a text file, or JSON lines of questions."""
+    if path is None:
+        return Worlds()
+    return QuestionFile(path, prompt) if path.suffix == ".jsonl" else TextFile(path)
+
+
+def _of_document(document: Document) -> Example:
+    pieces = list(document.pieces())
+    first = pieces[0][0].removeprefix(document.context)
+    return Example(document.context, ((first, False), *pieces[1:]))
+
+
+def _of_passage(context: str, continuation: str) -> Example:
+    first = continuation.find(" ", 1)
+    return Example(context, ((continuation[:first], False), (continuation[first:], True)))
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"cannot read {path}: {error}", cure="Give a UTF-8 text or JSON lines file") from error
+    return " ".join(text.split())
+
+
+def _stretch(text: str, split: Split) -> str:
+    """80 % of the text for training, then 10 % each."""
+    cuts = {"train": (0.0, 0.8), "dev": (0.8, 0.9), "test": (0.9, 1.0)}[split]
+    part = text[int(cuts[0] * len(text)) : int(cuts[1] * len(text))]
+    least = 4 * (PASSAGE_CHARS + CONTINUATION_CHARS)
+    if len(part) < least:
+        raise UsageError(f"{len(part)} characters of text for {split}", cure=f"Give at least {10 * least} characters")
+    return part
+
+
+def _split_of_line(index: int) -> Split:
+    return {9: "dev", 8: "test"}.get(index % 10, "train")  # type: ignore[return-value]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: str(row[key]) for key in ("context", "question", "answer")})
+        except (ValueError, KeyError, TypeError) as error:
+            cure = "Give JSON lines with context, question and answer"
+            raise UsageError(f"line {number} of {path}: {error!r}", cure=cure) from None
+    return rows
