@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from source import Module, modules
 
 GROUND = {"errors", "spec"}
@@ -68,6 +70,24 @@ def functions(module: Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [
         node for node in ast.walk(module.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "rooms"),
+    [
+        ("import kvferry.session.sender", {"session"}),
+        ("import kvferry", {""}),
+        ("from kvferry import kv", {"kv"}),
+        ("from kvferry import __version__", set()),
+        ("from kvferry.models.load import load", {"models"}),
+        ("def f():\n    from kvferry.lab import run", {"lab"}),
+        ("TABLE = {'ridge': 'kvferry.align.ridge:Ridge'}", {"align"}),
+        ("from kvferry.link.channel import Meter", set()),
+        ("import torch, asyncio", set()),
+    ],
+)
+def test_the_reader_of_imports_sees_every_form(line: str, rooms: set[str]) -> None:
+    assert Module("link/tcp.py", line, ast.parse(line)).own_rooms() == rooms
 
 
 def test_every_room_has_its_place() -> None:
