@@ -1,0 +1,12 @@
+"""Four tiny language models that ship with the package, and the worlds they were trained to read.
+
+catalog     which models there are and where their folders lie
+worlds      the seeded generator of contexts, questions and answers
+words       the word lists of the worlds
+evaluate    exact-match scores of a model
+recipes     one frozen training recipe per model
+tokenizers  the three tokenizers
+batches     documents -> token batches with loss weights
+train       recipe -> folder
+card        folder -> README.md
+"""

@@ -1,0 +1,110 @@
+"""How each model of the zoo is made: its shape, its tokenizer, its curriculum. One frozen recipe per model."""
+
+import math
+from dataclasses import dataclass, field
+
+_KINDS = {"place": 4.0, "met": 3.0, "two_hop": 3.0, "count": 1.0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: which worlds, how large, in batches of how many tokens.
+
+    `copies` is the share of rows that are random tokens and their repeat, `max_copy` the longest of these.
+    """
+
+    steps: int
+    facts: tuple[int, int] = (1, 8)
+    max_fillers: int = 0
+    max_tokens: int = 1024
+    questions: int = 12
+    copies: float = 0.0
+    max_copy: int = 16
+    batch_tokens: int = 4096
+    kinds: dict[str, float] = field(default_factory=lambda: dict(_KINDS))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`architecture` and `shape` are transformers' `model_type` and configuration.
+
+    `look_back[layer][head]` is how many tokens back a head looks at the start; `theta` is the rotary base there.
+    """
+
+    architecture: str
+    shape: dict[str, object]
+    tokenizer: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    learning_rate: float = 5e-3
+    matrix_rate: float = 0.02
+    theta: float = 1e4
+    look_back: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4),)
+    warmup: int = 100
+    weight_decay: float = 0.02
+    context_weight: float = 0.1
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, as a share of the peak: a short rise, then half a cosine."""
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return min(1.0, (step + 1) / self.warmup) * max(fall, 0.02)
+
+
+_SHAPE: dict[str, object] = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+_WORD_STAGES = (
+    Stage(250, copies=1.0, batch_tokens=2048),
+    Stage(450, facts=(1, 8), copies=0.1, max_copy=64, batch_tokens=2048),
+    Stage(600, facts=(4, 16), max_fillers=20, copies=0.05, max_copy=128),
+    Stage(450, facts=(4, 32), max_fillers=120, batch_tokens=6144),
+)
+_BYTE_STAGES = (
+    Stage(250, copies=1.0, batch_tokens=2048),
+    Stage(700, facts=(1, 6), questions=8, copies=0.1, max_copy=64),
+    Stage(600, facts=(2, 12), max_fillers=8, copies=0.05, max_copy=128, batch_tokens=6144),
+    Stage(350, facts=(4, 32), max_fillers=40, batch_tokens=8192),
+)
+
+RECIPES: dict[str, Recipe] = {
+    "llama": Recipe("llama", {**_SHAPE, "num_hidden_layers": 4, "rope_theta": 1e4}, "words", _WORD_STAGES),
+    "qwen3": Recipe(
+        "qwen3",
+        {**_SHAPE, "num_hidden_layers": 4, "head_dim": 32, "rope_theta": 1e5},
+        "words",
+        _WORD_STAGES,
+        seed=1,
+        theta=1e5,
+    ),
+    "gemma3": Recipe(
+        "gemma3_text",
+        {
+            **_SHAPE,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "phrases",
+        _WORD_STAGES,
+        seed=2,
+    ),
+    "qwen2": Recipe(
+        "qwen2",
+        {**_SHAPE, "num_hidden_layers": 5, "rope_theta": 1e4},
+        "bytes",
+        _BYTE_STAGES,
+        seed=3,
+        look_back=((1, 2, 3, 4), (4, 5, 6, 8)),
+    ),
+}

@@ -1,0 +1,55 @@
+"""The untrained model: its weights at the start are drawn so that reading back is learned in a minute."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvferry.models.zoo.recipes import Recipe
+from kvferry.models.zoo.tokenizers import MAX_POSITIONS, line_end, special_ids
+
+_CONSTANT, _CHANNELS = 0.15, 4
+_SHARPNESS = 0.8
+_PAIR_WEIGHTS = (1.0, 0.7, 0.3)  # the fastest rotary pairs tell near distances apart
+
+
+def untrained(recipe: Recipe, tokenizer: Tokenizer) -> PreTrainedModel:
+    """A model of the recipe's shape; `generate` stops at the end of a line."""
+    pad, bos, eos = special_ids(tokenizer)
+    ids = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
+    config = AutoConfig.for_model(
+        recipe.architecture,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=MAX_POSITIONS,
+        **ids,
+        **recipe.shape,
+    )
+    torch.manual_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = [eos, line_end(tokenizer)]
+    _look_back(model, recipe.theta, recipe.look_back)
+    return model
+
+
+@torch.no_grad()
+def _look_back(model: PreTrainedModel, theta: float, distances: tuple[tuple[int, ...], ...]) -> None:
+    """Let heads start out looking some tokens back; from nothing that takes many minutes to emerge.
+
+    A few embedding channels begin as a constant, from which queries and keys are made; the queries of a head are
+    turned by its distance, so that the rotary score is highest there.
+    """
+    dict(model.named_parameters())["model.embed_tokens.weight"][:, :_CHANNELS] = _CONSTANT
+    for number, of_heads in enumerate(distances):
+        attention: Any = model.get_submodule(f"model.layers.{number}.self_attn")
+        half = attention.head_dim // 2
+        angle = theta ** (-torch.arange(half) / half)
+        use = torch.zeros(half)
+        use[: len(_PAIR_WEIGHTS)] = _SHARPNESS * torch.tensor(_PAIR_WEIGHTS)
+        for distance, rows in zip(of_heads, attention.q_proj.weight.split(2 * half), strict=True):
+            turned = torch.cat([use * (distance * angle).cos(), -use * (distance * angle).sin()])
+            rows[:, :_CHANNELS] = turned[:, None]
+        for rows in attention.k_proj.weight.split(2 * half):
+            rows[:, :_CHANNELS] = torch.cat([use, 0 * use])[:, None]
+        if hasattr(attention, "q_norm"):
+            attention.q_norm.weight += 2.0
