@@ -70,13 +70,19 @@ _WORD_STAGES = (
 )
 _BYTE_STAGES = (
     Stage(250, copies=1.0, batch_tokens=2048),
-    Stage(700, facts=(1, 6), questions=8, copies=0.1, max_copy=64),
-    Stage(600, facts=(2, 12), max_fillers=8, copies=0.05, max_copy=128, batch_tokens=6144),
-    Stage(350, facts=(4, 32), max_fillers=40, batch_tokens=8192),
+    Stage(900, facts=(1, 6), questions=8, copies=0.1, max_copy=64, batch_tokens=2048),
+    Stage(600, facts=(2, 12), max_fillers=8, copies=0.05, max_copy=128),
+    Stage(400, facts=(4, 32), max_fillers=40, batch_tokens=8192),
 )
 
 RECIPES: dict[str, Recipe] = {
-    "llama": Recipe("llama", {**_SHAPE, "num_hidden_layers": 4, "rope_theta": 1e4}, "words", _WORD_STAGES),
+    "llama": Recipe(
+        "llama",
+        {**_SHAPE, "num_hidden_layers": 4, "rope_theta": 1e4},
+        "words",
+        _WORD_STAGES,
+        look_back=((1, 2, 3, 4), (5, 6)),
+    ),
     "qwen3": Recipe(
         "qwen3",
         {**_SHAPE, "num_hidden_layers": 4, "head_dim": 32, "rope_theta": 1e5},
@@ -105,6 +111,6 @@ RECIPES: dict[str, Recipe] = {
         "bytes",
         _BYTE_STAGES,
         seed=3,
-        look_back=((1, 2, 3, 4), (4, 5, 6, 8)),
+        look_back=((1, 2, 3, 4), (4, 5, 8, 9)),
     ),
 }

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import Linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvferry.models.zoo.recipes import Recipe
@@ -46,10 +48,14 @@ def _look_back(model: PreTrainedModel, theta: float, distances: tuple[tuple[int,
         angle = theta ** (-torch.arange(half) / half)
         use = torch.zeros(half)
         use[: len(_PAIR_WEIGHTS)] = _SHARPNESS * torch.tensor(_PAIR_WEIGHTS)
-        for distance, rows in zip(of_heads, attention.q_proj.weight.split(2 * half), strict=True):
+        for head, distance in enumerate(of_heads):
             turned = torch.cat([use * (distance * angle).cos(), -use * (distance * angle).sin()])
-            rows[:, :_CHANNELS] = turned[:, None]
-        for rows in attention.k_proj.weight.split(2 * half):
-            rows[:, :_CHANNELS] = torch.cat([use, 0 * use])[:, None]
+            _rows(attention.q_proj, head, 2 * half)[:, :_CHANNELS] = turned[:, None]
+            key = _rows(attention.k_proj, head // attention.num_key_value_groups, 2 * half)
+            key[:, :_CHANNELS] = torch.cat([use, 0 * use])[:, None]
         if hasattr(attention, "q_norm"):
             attention.q_norm.weight += 2.0
+
+
+def _rows(projection: Linear, head: int, dim: int) -> Tensor:
+    return projection.weight[head * dim : (head + 1) * dim]
