@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvferry.errors import UsageError
+from kvferry.errors import EmptyContext, UsageError
 
 SENDER, RECEIVER, CODEC = "llama", "qwen3", "int(bits=8)"
 HOST, PORT = "127.0.0.1", 7070
@@ -27,17 +27,17 @@ PortOption = Annotated[int, typer.Option(help="Its TCP port; where a receiver st
 
 
 def read_context(name: str) -> str:
-    """The text of a file, or of stdin for `-`; `UsageError` where there is none."""
+    """The text of a file, or of stdin for `-`; a `UsageError` where there is none, before a model is loaded."""
+    cure = "Give the name of a text file in UTF-8, or - for stdin"
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode()
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
     except OSError as error:
-        cure = "Give the name of a text file, or - for stdin"
         raise UsageError(f"cannot read {name}: {error.strerror}", cure=cure) from None
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is no UTF-8 at byte {error.start}", cure="Give a text file in UTF-8"
-        ) from None
+        raise UsageError(f"{name} is no UTF-8 at byte {error.start}", cure=cure) from None
+    if not text.strip():
+        raise EmptyContext(f"{name} holds no text", cure="Give the sender something to read")
+    return text
 
 
 def choose_aligner(given: str | None, sender: str, receiver: str) -> str | None:

@@ -8,7 +8,6 @@ from kvferry.session.exchange import Remote
 from kvferry.session.message import Message
 from kvferry.session.sender import Sender
 
-
 STAGES = ("capture", "encode", "link", "decode", "align", "prefill", "generate")
 """In the order in which they happen."""
 

@@ -111,7 +111,7 @@ ARMS: tuple[Arm, ...] = (
         "nothing",
         None,
         None,
-        "no context at all: what the receiver can guess",
+        "no context at all: what can the receiver guess?",
     ),
     _text("text_full", whole_text, "text", "the receiver reads the whole text itself"),
     _text("text_zstd", partial(whole_text, compress=True), "text(zstd)", "the same text, compressed"),

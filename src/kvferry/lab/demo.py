@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -99,8 +100,8 @@ def _point(demo: Demo, arm: str, recipe: str, outcome: Outcome, score: Score, ti
     return Point(
         arm=arm,
         recipe=recipe,
-        sender=demo.sender,
-        receiver=demo.receiver,
+        sender=_public(demo.sender),
+        receiver=_public(demo.receiver),
         task=str(demo.worlds),
         split=demo.worlds.split,
         n=demo.n_items,
@@ -113,6 +114,11 @@ def _point(demo: Demo, arm: str, recipe: str, outcome: Outcome, score: Score, ti
         versions=versions(),
         commit=commit(),
     )
+
+
+def _public(model: str) -> str:
+    """A model's name, without the folders it lies in."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def _processes(peer: Peer) -> list[dict[str, str | int]]:

@@ -19,15 +19,15 @@ _LABELS = {  # arm -> its words, and where they stand: points to the right and u
     "receiver_only": ("receiver alone", (0, -14), "center"),
     "text_full": ("whole text", (0, 9), "center"),
     "text_zstd": ("zstd", (-8, 0), "right"),
-    "text_at_16": ("16 B", (0, 9), "center"),
-    "text_at_32": ("32 B", (0, 9), "center"),
-    "text_at_64": ("last 64 B of text", (9, -1), "left"),
+    "text_at_16": ("last 16 B", (-9, 4), "right"),
+    "text_at_32": ("last 32 B", (9, -3), "left"),
+    "text_at_64": ("last 64 B", (9, -1), "left"),
     "kv_raw": ("16 bit", (0, -16), "center"),
     "kv_int8": ("int8", (0, -16), "center"),
     "kv_int4": ("int4", (0, -16), "center"),
-    "kv_zeroed": ("zeros", (0, -16), "center"),
-    "kv_mean": ("mean cache", (0, 9), "center"),
-    "kv_twin": ("twin's cache", (0, 9), "center"),
+    "kv_zeroed": ("zeros", (9, -8), "left"),
+    "kv_mean": ("mean cache", (9, 8), "left"),
+    "kv_twin": ("twin's cache", (-9, -8), "right"),
 }
 
 
@@ -116,12 +116,22 @@ def _label(axes: "Axes", row: Point) -> None:
 
 
 def _dress(axes: "Axes", first: Point) -> None:
+    axes.set_title(f"{first.sender} reads, {first.receiver} answers", loc="left", fontsize=12)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda n_bytes, _: _size(n_bytes))
     axes.set_ylim(-0.09, 1.1)
     axes.margins(x=0.08)
-    axes.set_xlabel("bytes of one message (log scale)")
+    axes.set_xlabel("size of one message (log scale)")
     axes.set_ylabel(f"accuracy, {first.n} items, 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9, loc="center", bbox_to_anchor=(0.52, 0.5))
+
+
+def _size(n_bytes: float) -> str:
+    """
+    >>> _size(100), _size(10_000)
+    ('100 B', '10 kB')
+    """
+    return f"{n_bytes:g} B" if n_bytes < 1e3 else f"{n_bytes / 1e3:g} kB"

@@ -8,7 +8,7 @@ from kvferry.lab.demo import DemoResult
 from kvferry.lab.ledger import save_result, write_file
 from kvferry.lab.picture import as_bytes, draw
 from kvferry.lab.summary import controls, summary
-from kvferry.lab.table import COLUMNS, cells
+from kvferry.lab.table import COLUMNS, LEGEND, cells
 
 
 def write_report(result: DemoResult, folder: Path) -> Path:
@@ -41,6 +41,7 @@ def _page(result: DemoResult, svg: str) -> str:
         first=result.rows[0],
         result=result,
         columns=COLUMNS,
+        legend=LEGEND,
         rows=[cells(row) for row in result.rows],
         timed=[row for row in result.rows if row.latency_ms],
         summary=summary(result),

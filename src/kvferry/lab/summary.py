@@ -5,7 +5,7 @@ from kvferry.lab.demo import DemoResult
 from kvferry.lab.point import Point
 
 _MEANINGS = {arm.name: arm.meaning for arm in ARMS} | {
-    "sender_alone": "the sender answers itself, from the text: what there is to carry"
+    "sender_alone": "the sender answers itself, from the text: what is there to carry?"
 }
 CONTROLS = ("receiver_only", "kv_zeroed", "kv_mean", "kv_twin", "sender_alone")
 
@@ -61,8 +61,8 @@ def _saving(result: DemoResult) -> str:
     )
     return (
         f"What a cache saves is reading. The receiver took over {result.n_slots:.0f} tokens per item without "
-        f"prefilling one of them, and without the text. Until its first token it worked {cache:.1f} ms with the int8 cache "
-        f"({_stages(result.row('kv_int8'))}) and {text:.1f} ms with the text: {verdict}."
+        f"prefilling one of them, and without the text. Until its first token it worked {cache:.1f} ms with the int8 "
+        f"cache ({_stages(result.row('kv_int8'))}) and {text:.1f} ms with the text: {verdict}."
     )
 
 
@@ -84,10 +84,10 @@ def _stages(row: Point) -> str:
 
 
 def _outcome(row: Point) -> str:
-    follows = row.metrics["follows_payload"]
-    if follows is None or row.arm == "sender_alone":
-        return f"Right in {_percent(row.accuracy)}."
-    return f"The twin's answer comes in {_percent(follows)}, the item's own in {_percent(row.accuracy)}."
+    own = _percent(row.accuracy)
+    if row.arm != "kv_twin":
+        return f"Right in {own}."
+    return f"The twin's answer comes in {_percent(row.metrics['follows_payload'] or 0.0)}, the item's own in {own}."
 
 
 def _said(verdict: str) -> str:
