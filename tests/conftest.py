@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import shared
+
+# Machines are noisy and a first example may load a model: time is no property.
+settings.register_profile("kvferry", deadline=None)
+settings.load_profile("kvferry")
 
 
 @pytest.fixture(scope="session", autouse=True)

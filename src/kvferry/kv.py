@@ -49,7 +49,8 @@ class Spans:
     def __len__(self) -> int:
         return len(self.role)
 
-    def take(self, index: NDArray[np.intp] | slice) -> "Spans":
+    def take(self, index: NDArray[np.intp] | NDArray[np.bool_]) -> "Spans":
+        """The spans of some tokens, by number or by mask."""
         return Spans(self.part[index], self.start[index], self.end[index], self.role[index])
 
     def widen(self, width: int) -> "Spans":

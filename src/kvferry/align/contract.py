@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub import PyTorchModelHubMixin
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -56,8 +55,8 @@ def from_json(data: dict[str, Any]) -> Contract:
     return TypeAdapter(Contract).validate_python(data)
 
 
-class Aligner(nn.Module, PyTorchModelHubMixin, ABC, coders={Contract: (to_json, from_json)}, library_name="kvferry"):
-    """KV(sender) -> KV(receiver). A folder of `config.json`, `model.safetensors` and a card; never pickle."""
+class Aligner(nn.Module, ABC):
+    """KV(sender) -> KV(receiver). Kept as a folder, see `kvferry.align.folder`."""
 
     name: ClassVar[str]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 
-from kvferry.align.contract import Aligner, to_json
+from kvferry.align.contract import Aligner, from_json, to_json
 from kvferry.align.table import ALIGNERS
 from kvferry.errors import FolderError, UnknownName
 
@@ -23,7 +24,10 @@ def save_aligner(aligner: Aligner, folder: Path, card: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fit-") as beside:
         whole = Path(beside) / folder.name
-        aligner.save_pretrained(whole, config={"name": aligner.name, "contract": to_json(aligner.contract)})
+        whole.mkdir()
+        config = {"name": aligner.name, "contract": to_json(aligner.contract)}
+        (whole / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_model(aligner, str(whole / "model.safetensors"))
         (whole / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
@@ -34,8 +38,10 @@ def load_aligner(where: str | Path) -> Aligner:
     """Load a folder or hub id. Raises `FolderError` for one that is missing, corrupt or of another kind."""
     folder = _folder(where)
     try:
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["name"]
-        return aligner_class(name).from_pretrained(folder).eval()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        aligner = aligner_class(config["name"])(from_json(config["contract"]))
+        load_model(aligner, str(folder / "model.safetensors"))
+        return aligner.eval()
     except UnknownName:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -1,10 +1,12 @@
 """Text to token ids with byte spans: the only place that calls a tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -75,27 +77,25 @@ def _starts_with_dummy_space(tokenizer: PreTrainedTokenizerFast, text: str, ids:
     return bool(ids) and not text.startswith((" ", "▁")) and tokenizer.convert_ids_to_tokens(ids[0]) == "▁"
 
 
-def byte_ranges(text: str, offsets: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Character offsets to UTF-8 byte ranges.
+def byte_ranges(
+    text: str, offsets: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Character offsets to UTF-8 byte ranges that tile what the tokens cover.
 
-    Tokens that share one character (byte-level pieces of an emoji, say) report the same offsets; its bytes are dealt
-    out to them in order, so that no byte is lost and none is counted twice.
+    Tokens may share a character (byte-level pieces of an emoji, say) and then report overlapping offsets; its bytes are
+    dealt out to them in order, so that no byte is lost and none is counted twice.
 
-    >>> byte_ranges("aé", [(0, 1), (1, 2), (1, 2)])[0].tolist()
-    [0, 1, 2]
+    >>> [part.tolist() for part in byte_ranges("aé", [(0, 1), (1, 2), (1, 2)])]
+    [[0, 1, 2], [1, 2, 3]]
     """
     edges = np.concatenate([[0], np.cumsum([len(char.encode()) for char in text])]).astype(np.int32)
-    start = np.array([edges[first] for first, _ in offsets], np.int32)
-    end = np.array([edges[last] for _, last in offsets], np.int32)
-    first = 0
-    while first < len(offsets):
-        last = first + 1
-        while last < len(offsets) and offsets[last] == offsets[first]:
-            last += 1
-        if last - first > 1:
-            cuts = np.linspace(start[first], end[first], last - first + 1).round().astype(np.int32)
-            start[first:last], end[first:last] = cuts[:-1], cuts[1:]
-        first = last
+    first, last = np.array(offsets, np.int64).reshape(-1, 2).T
+    start, end = edges[first], edges[last]
+    shared = np.flatnonzero(end[:-1] > start[1:])
+    for char in np.unique(first[shared + 1]):
+        borders = shared[first[shared + 1] == char]
+        cuts = np.linspace(edges[char], edges[char + 1], len(borders) + 2).round()[1:-1]
+        end[borders] = start[borders + 1] = cuts.astype(np.int32)
     return start, end
 
 

@@ -1,0 +1,136 @@
+"""Aligners: features, closed form, folders and contracts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvferry.align.contract import Contract, covers, from_json, to_json
+from kvferry.align.features import flatten, unflatten
+from kvferry.align.folder import load_aligner, save_aligner
+from kvferry.align.identity import Identity
+from kvferry.align.linear import Linear
+from kvferry.align.ridge import Sums, solve, standardise
+from kvferry.errors import CodecNotCovered, FolderError, ForeignModel, UnknownName, UsageError, WrongKeySpace
+from kvferry.models.capture import capture, capture_rotated
+from kvferry.train.whitened import Whitened
+from tiny import model_of, random_rows, tokens_of
+
+
+@pytest.fixture(scope="module")
+def contract() -> Contract:
+    sender, receiver = model_of("llama").geometry, model_of("qwen3").geometry
+    return Contract(sender=sender, receiver=receiver, coded_with=("raw(dtype=float16)",))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope"])
+def test_features_are_the_cache_and_back(name):
+    kv = capture(model_of(name), tokens_of(random_rows(2, 5))).kv
+    for got, want in zip(unflatten(flatten(kv), kv.geometry), kv.groups, strict=True):
+        assert torch.equal(got.keys, want.keys.float()) and torch.equal(got.values, want.values.float())
+
+
+def test_ridge_finds_an_affine_map_and_sums_add_in_any_order():
+    x, weight, bias = torch.randn(400, 6), torch.randn(6, 3), torch.randn(3)
+    y = x @ weight + bias
+    parts = [Sums.of(x[i::4], y[i::4]) for i in range(4)]
+    there, back = parts[0] + parts[1] + parts[2] + parts[3], parts[3] + parts[2] + parts[1] + parts[0]
+    got, got_bias = solve(there, 1e-9)
+    assert torch.allclose(got, weight, atol=1e-4) and torch.allclose(got_bias, bias, atol=1e-4)
+    assert torch.allclose(got, solve(back, 1e-9)[0], atol=1e-6)
+
+
+def test_ridge_with_a_large_penalty_predicts_the_mean():
+    x, y = torch.randn(100, 4), torch.randn(100, 2) + 3
+    weight, bias = solve(Sums.of(x, y), 1e9)
+    assert weight.abs().max() < 1e-6 and torch.allclose(bias, y.mean(0), atol=1e-4)
+
+
+def test_ridge_survives_constant_channels_and_refuses_too_few_pairs():
+    x = torch.cat([torch.randn(50, 2), torch.ones(50, 1)], 1)
+    assert solve(Sums.of(x, torch.randn(50, 2)), 1e-2)[0].isfinite().all()
+    with pytest.raises(UsageError, match="1 token pairs"):
+        standardise(Sums.of(x[:1], x[:1]))
+
+
+def test_whitened_coordinates_start_at_the_same_map():
+    x = torch.randn(300, 5) @ torch.randn(5, 5) * torch.tensor([1e-2, 1, 10, 1, 5]) + 3
+    sums = Sums.of(x, torch.randn(300, 3))
+    weight, bias = solve(sums, 1e-2)
+    got, got_bias = Whitened(sums, weight, bias)()
+    assert torch.allclose(x @ got + got_bias, x @ weight + bias, atol=1e-3)
+
+
+def test_linear_maps_a_cache_into_the_receivers_geometry(contract):
+    aligner = Linear(contract)
+    torch.nn.init.normal_(aligner.weight)
+    kv = capture(model_of("llama"), tokens_of(random_rows(2, 6))).kv
+    present = kv.present.clone()
+    present[1, 0, 2] = False
+    mapped = aligner(replace(kv, present=present))
+    assert mapped.geometry == contract.receiver
+    assert not mapped.present[:, 0, 2].any() and mapped.present[:, 1].all()
+    with pytest.raises(WrongKeySpace):
+        aligner(capture_rotated(model_of("llama"), tokens_of(random_rows(1, 3))).kv)
+
+
+def test_a_folder_loads_to_the_same_map(contract, tmp_path):
+    aligner = Linear(contract)
+    torch.nn.init.normal_(aligner.weight)
+    for _ in range(2):  # the second time over the first
+        save_aligner(aligner, tmp_path / "a", card="# card\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    again = load_aligner(tmp_path / "a")
+    assert again.contract == contract
+    assert torch.equal(again.weight, aligner.weight)
+
+
+def test_a_contract_survives_json(contract):
+    assert from_json(json.loads(json.dumps(to_json(contract)))) == contract
+
+
+@pytest.mark.parametrize("harm", ["no config", "no weights", "cut weights", "other shape", "not json", "no name"])
+def test_a_broken_folder_is_refused(contract, tmp_path, harm):
+    folder = tmp_path / "a"
+    save_aligner(Linear(contract), folder, card="")
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if harm == "no config":
+        config.unlink()
+    elif harm == "no weights":
+        weights.unlink()
+    elif harm == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif harm == "other shape":
+        swapped = replace(contract, sender=contract.receiver, receiver=contract.sender)
+        longer = replace(swapped, sender=replace(swapped.sender, layers=swapped.sender.layers * 2))
+        config.write_text(json.dumps({"name": "linear", "contract": to_json(longer)}))
+    elif harm == "not json":
+        config.write_text("{")
+    else:
+        config.write_text("{}")
+    with pytest.raises(FolderError, match="no aligner in"):
+        load_aligner(folder)
+
+
+def test_unknown_methods_and_folders_are_named(contract, tmp_path):
+    save_aligner(Linear(contract), tmp_path / "a", card="")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "name": "os:system"}))
+    with pytest.raises(UnknownName, match="os:system"):
+        load_aligner(tmp_path / "a")
+    with pytest.raises(FolderError, match="nowhere"):
+        load_aligner(tmp_path / "nowhere")
+
+
+def test_contracts_refuse_what_was_not_fitted(contract):
+    contract.require_sender(contract.sender.model[:16], contract.sender.tokenizer[:16])
+    with pytest.raises(ForeignModel, match="model"):
+        contract.require_sender("f" * 16, contract.sender.tokenizer)
+    with pytest.raises(ForeignModel, match="tokenizer"):
+        contract.require_sender(contract.sender.model, "f" * 16)
+    with pytest.raises(CodecNotCovered, match="int"):
+        Linear(contract).require_codec("int(bits=4, group=32, axis=token)")
+    Identity(contract).require_codec("int(bits=4, group=32, axis=token)")
+    assert not covers(("int(bits=8, group=32, axis=token)",), "raw(dtype=float32)")
