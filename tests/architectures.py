@@ -3,6 +3,7 @@
 Weights are scaled up fourfold: with the usual initialisation attention is nearly uniform and errors hide in it.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -78,7 +79,7 @@ _CARRIED: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, **_PARTIAL}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, "rotary_pct": 0.5, **_PARTIAL}),
     "phi3": ("phi3", {}),
     "phi3-partial": ("phi3", _PARTIAL),
     "phi3-longrope": ("phi3", {"original_max_position_embeddings": 32, **_LONGROPE}),
@@ -160,7 +161,8 @@ def build(name: str) -> PreTrainedModel:
     One object per process: leave it as it was found.
     """
     kind, options = {**_CARRIED, **_UNCARRIED}[name]
-    return from_config(AutoConfig.for_model(kind, **{**_SHAPE, **options}))
+    # A copy: some configurations write their defaults into the dicts they are given.
+    return from_config(AutoConfig.for_model(kind, **copy.deepcopy({**_SHAPE, **options})))
 
 
 def from_config(config: PreTrainedConfig, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:

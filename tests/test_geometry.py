@@ -18,10 +18,10 @@ REASONS = {
     "mpt": "layer 0 has ALiBi",
     "falcon-alibi": "layer 0 has ALiBi",
     "deepseek_v3": r"layer 0 has latent attention \(MLA\)",
-    "qwen3_next": "layer 0 has recurrent or convolutional state",
-    "lfm2": "layer 0 has recurrent or convolutional state",
-    "jamba": "layer 0 has recurrent or convolutional state",
-    "mamba": "layer 0 has recurrent or convolutional state",
+    "qwen3_next": "layer 0 has .*recurrent or convolutional state",
+    "lfm2": "layer 0 has .*recurrent or convolutional state",
+    "jamba": "layer 0 has .*recurrent or convolutional state",
+    "mamba": "layer 0 has .*recurrent or convolutional state",
     "gemma3n": "layer 2 has shared keys and values",
 }
 _LLAMA4 = {"head_dim": 8, "attention_chunk_size": WINDOW, "intermediate_size_mlp": 48, "num_local_experts": 2}

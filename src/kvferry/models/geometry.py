@@ -19,6 +19,7 @@ from kvferry.models.rotary import read_layers
 
 CURE = "Use a decoder-only model with rotary positions and a key/value cache in every layer"
 MORE = "it holds more than keys and values"
+SHARED = "it reads the cache of another layer"
 MIXED_IN = "they are mixed into the hidden states and cannot be taken out"
 
 _DRIFT = 1e-3
@@ -62,8 +63,12 @@ def _refuse_by_structure(hf_model: PreTrainedModel) -> None:
     for index, cached in enumerate(_cache_kinds(hf_model)):
         _refuse_uncached(index, cached)
         if index not in attention:
-            _refuse(index, "no attention", "it keeps no keys and values")
+            _refuse(
+                index, "no numbered attention, perhaps recurrent or convolutional state", "it keeps no keys"
+            )
         _refuse_attention(index, attention[index], decoder)
+    if (held := len(_cache_kinds(hf_model))) < decoder.config.get_text_config(decoder=True).num_hidden_layers:
+        _refuse(held, "shared keys and values", SHARED)
     if not rotary_modules(decoder):
         _refuse(0, "learned or absolute positions", MIXED_IN)
 
@@ -81,7 +86,7 @@ def _refuse_uncached(index: int, cached: type) -> None:
     if cached in (DynamicLayer, DynamicSlidingWindowLayer):
         return
     if cached.__name__ == "DummyLayer":
-        _refuse(index, "shared keys and values", "it reads the cache of another layer")
+        _refuse(index, "shared keys and values", SHARED)
     if "Linear" in cached.__name__:
         _refuse(
             index,
@@ -95,7 +100,7 @@ def _refuse_attention(index: int, module: nn.Module, decoder: nn.Module) -> None
     if getattr(module, "kv_lora_rank", None) is not None:
         _refuse(index, "latent attention (MLA)", "its cache holds latents, not keys and values of heads")
     if getattr(module, "is_kv_shared_layer", False):
-        _refuse(index, "shared keys and values", "it reads the cache of another layer")
+        _refuse(index, "shared keys and values", SHARED)
     if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False):
         _refuse(index, "cross-attention", "its keys belong to another input")
     if _uses_alibi(decoder):

@@ -95,9 +95,7 @@ def _read_table(module: Any, prefix: str) -> RotarySpec:
     rule = _long_rule(module, prefix)
     table = getattr(module, f"{prefix}original_inv_freq" if rule else f"{prefix}inv_freq")
     inv_freq = tuple(table.float().tolist())
-    sections = getattr(module, "mrope_section", None) or ()
-    if isinstance(sections, dict):
-        sections = sections.get(prefix.removesuffix("_"), ())
+    sections = _numbers(module, prefix).get("mrope_section") or getattr(module, "mrope_section", ())
     return RotarySpec(
         "half",
         dim=2 * len(inv_freq),
@@ -113,6 +111,12 @@ def _rope_type(module: Any, prefix: str) -> str | None:
     return kind.get(prefix.removesuffix("_")) if isinstance(kind, dict) else kind
 
 
+def _numbers(module: Any, prefix: str) -> dict[str, Any]:
+    """What the configuration says of a table."""
+    found = getattr(module.config, "rope_parameters", None) or {}
+    return found.get(prefix.removesuffix("_")) or {} if prefix else found
+
+
 def _depends_on_call(rope_type: str | None) -> bool:
     return rope_type is not None and ("dynamic" in rope_type or rope_type == "longrope")
 
@@ -121,8 +125,7 @@ def _long_rule(module: Any, prefix: str) -> LongRule | None:
     kind = _rope_type(module, prefix)
     if not _depends_on_call(kind):
         return None
-    layer_type = prefix.removesuffix("_") or None
-    numbers = module.config.rope_parameters[layer_type] if layer_type else module.config.rope_parameters
+    numbers, layer_type = _numbers(module, prefix), prefix.removesuffix("_") or None
     if kind != "longrope":
         base, factor = float(numbers["rope_theta"]), float(numbers["factor"])
         return LongRule("dynamic", int(module.original_max_seq_len), base=base, factor=factor)
