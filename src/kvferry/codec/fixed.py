@@ -94,7 +94,7 @@ class FixedRate(Codec):
         keys = empty.new_zeros(*empty.shape[:-1], shape.key_dim)
         values = empty.new_zeros(*empty.shape[:-1], shape.value_dim)
         for row, layer in enumerate(layers):
-            data = torch.from_numpy(np.frombuffer(bodies[layer], np.uint8).copy()).to(device)
+            data = torch.tensor(np.frombuffer(bodies[layer], np.uint8), device=device)
             index = torch.from_numpy(np.flatnonzero(manifest.present[layer])).to(device)
             cut = self.block_bytes(shape.heads, len(index), shape.key_dim)
             keys[row, 0, :, index] = self.read(data[:cut], (shape.heads, len(index), shape.key_dim))

@@ -1,0 +1,255 @@
+"""KVWire without tensors: what is packed comes back, in one way only, and text and JSON are strict."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import contract
+from attacks import forge
+from kvferry.codec import CODECS, decode
+from kvferry.errors import LimitExceeded, Malformed, Truncated, UsageError
+from kvferry.wire import (
+    HEADER_BYTES,
+    Frame,
+    FrameType,
+    Limits,
+    MessageKind,
+    Segment,
+    SegmentType,
+    json_frame,
+    pack,
+    packed_bytes,
+    read_json,
+    read_text,
+    text_frame,
+    unpack,
+    unpack_prefix,
+)
+from kvferry.wire.varint import read_varint, write_varint
+
+FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
+KNOWN = [kind for kind in SegmentType if kind != SegmentType.END]
+U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+FEW = Limits(max_tokens=2**32)
+
+
+FIELDS = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(MessageKind),
+        "frame_type": st.sampled_from(FrameType),
+        "frame_id": U32,
+        "reference_id": U32,
+        "step": st.integers(-(2**15), 2**15 - 1),
+        "n_tokens": U32,
+        "model_hash": U64,
+        "geometry_hash": U64,
+        "tokenizer_hash": U64,
+        "profile_hash": U64,
+        "segments": st.lists(st.tuples(st.sampled_from(KNOWN), st.binary(max_size=200)), max_size=6),
+        "skipped": st.lists(st.tuples(st.sampled_from([0, 7, 99, 254]), st.binary(max_size=9)), max_size=3),
+    }
+)
+
+
+def made(fields) -> Frame:
+    segments = [Segment(kind, body, kind != SegmentType.SPANS) for kind, body in fields["segments"]]
+    skipped = [Segment(kind, body, critical=False) for kind, body in fields["skipped"]]
+    reference = fields["reference_id"] if fields["frame_type"] == FrameType.P else 0
+    whole = {"reference_id": reference, "segments": tuple(segments), "skipped": tuple(skipped)}
+    return Frame(**{**fields, **whole})
+
+
+@settings(deadline=None, max_examples=40)
+@given(fields=FIELDS)
+def test_what_is_packed_comes_back(fields):
+    frame = made(fields)
+    data = pack(frame)
+    assert unpack(data, FEW) == frame
+    assert pack(unpack(data, FEW)) == data
+    assert len(data) == packed_bytes([len(s.body) for s in (*frame.segments, *frame.skipped)])
+
+
+@settings(deadline=None, max_examples=10)
+@given(fields=FIELDS)
+def test_a_prefix_gives_whole_segments_and_never_more(fields):
+    frame = made(fields)
+    data = pack(frame)
+    for cut in range(HEADER_BYTES, len(data)):
+        prefix = unpack_prefix(data[:cut], FEW)
+        assert prefix.missing
+        assert prefix.n_bytes_used <= cut
+        assert prefix.frame.segments == frame.segments[: len(prefix.frame.segments)]
+    whole = unpack_prefix(data, FEW)
+    assert (whole.frame, whole.n_bytes_used, whole.missing) == (frame, len(data), None)
+
+
+def test_the_order_of_segments_does_not_matter():
+    segments = [
+        Segment(SegmentType.PAYLOAD, b"1"),
+        Segment(SegmentType.SPEC, b"2"),
+        Segment(SegmentType.PAYLOAD, b"3"),
+    ]
+    one = Frame(MessageKind.KV, segments=tuple(segments))
+    other = Frame(MessageKind.KV, segments=(segments[1], segments[0], segments[2]))
+    assert pack(one) == pack(other)
+    assert one.bodies(SegmentType.PAYLOAD) == [b"1", b"3"]
+    assert one.body(SegmentType.SPEC) == b"2"
+    assert one.body(SegmentType.SHAPE) is None
+    with pytest.raises(Malformed, match="2 segments PAYLOAD"):
+        one.body(SegmentType.PAYLOAD)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_any_buffer_is_read(kind):
+    data = pack(text_frame("hi"))
+    assert unpack(kind(data)) == text_frame("hi")
+
+
+def test_a_frame_from_the_specification_alone_is_ours():
+    assert forge.frame(forge.TEXT) == pack(text_frame("hi"))
+
+
+def test_the_header_is_small():
+    assert HEADER_BYTES == len(forge.header()) <= 64
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"frame_id": 2**32},
+        {"frame_id": -1},
+        {"n_tokens": 2**40},
+        {"model_hash": 2**64},
+        {"step": 2**15},
+        {"reference_id": 1},
+        {"segments": (Segment(SegmentType.END, b""),)},
+        {"segments": (Segment(7, b""),)},
+        {"segments": (Segment(SegmentType.SPEC, b"", critical=False),)},
+        {"segments": (Segment(SegmentType.SPANS, b""),)},
+        {"skipped": (Segment(SegmentType.SPEC, b""),)},
+        {"skipped": (Segment(7, b"", critical=True),)},
+    ],
+)
+def test_pack_refuses_what_it_could_not_read_again(fields):
+    with pytest.raises(UsageError):
+        pack(Frame(MessageKind.KV, **fields))
+
+
+@settings(deadline=None, max_examples=50)
+@given(value=st.integers(0, 2**63 - 1))
+def test_varint(value):
+    data = write_varint(value)
+    assert data == forge.varint(value)
+    assert read_varint(memoryview(data), 0) == (value, len(data))
+    assert all(read_varint(memoryview(data[:cut]), 0) is None for cut in range(len(data)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(text=st.text())
+def test_text(text):
+    assert read_text(unpack(pack(text_frame(text)))) == text
+
+
+def test_text_is_utf8():
+    with pytest.raises(UsageError, match="surrogate"):
+        text_frame("\ud800")
+    with pytest.raises(Malformed, match="UTF-8 at byte 1"):
+        read_text(Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT, b"a\xff"),)))
+    with pytest.raises(Malformed, match="without segment TEXT"):
+        read_text(Frame(MessageKind.TEXT))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(content=st.dictionaries(st.text(), JSON_VALUES, max_size=4))
+def test_json(content):
+    frame = json_frame(MessageKind.HELLO, content)
+    assert read_json(unpack(pack(frame))) == content
+    assert pack(json_frame(MessageKind.HELLO, dict(reversed(content.items())))) == pack(frame)
+
+
+@pytest.mark.parametrize("content", [{"a": float("nan")}, {"a": float("inf")}, {"a": b"b"}, {"a": "\ud800"}])
+def test_json_cannot_say_everything(content):
+    with pytest.raises(UsageError):
+        json_frame(MessageKind.HELLO, content)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"1",
+        b"{",
+        b'{"a": 1}',
+        b'{"b":1,"a":1}',
+        b'{"a":1,"a":1}',
+        b'{"a":NaN}',
+        b'{"a":1e999}',
+        b'{"a":"\\u0041"}',
+        b'{"a":"\\ud800"}',
+        b'{"a":"\xff"}',
+        b'{"a":' + 5000 * b"1" + b"}",
+        b'{"a":' + 200_000 * b"[" + b"}",
+        b"\xef\xbb\xbf{}",
+    ],
+    ids=range(15),
+)
+def test_json_is_strict(body):
+    with pytest.raises(Malformed):
+        read_json(Frame(MessageKind.HELLO, segments=(Segment(SegmentType.JSON, body),)))
+
+
+def test_json_has_a_limit():
+    with pytest.raises(LimitExceeded, match="limit is 8"):
+        read_json(json_frame(MessageKind.HELLO, {"a": "bcdefgh"}), Limits(max_json=8))
+
+
+def test_a_short_header_has_no_prefix():
+    with pytest.raises(Truncated, match="59 bytes"):
+        unpack_prefix(pack(text_frame("hi"))[: HEADER_BYTES - 1])
+
+
+def test_the_example_of_the_format_page():
+    blocks = re.findall(r"```hex\n(.*?)```", FORMAT.read_text(), re.DOTALL)
+    rows = [line.split("  ")[0] for line in "".join(blocks).splitlines()]
+    kv = contract.cache(((1, 2, 2),), n_tokens=1)
+    kv.groups[0].keys[:] = kv.groups[0].keys.new_tensor([1.0, -0.5])
+    kv.groups[0].values[:] = kv.groups[0].values.new_tensor([0.0, 7.0])
+    data = pack(CODECS.parse("int(4)").encode(kv))
+    assert bytes.fromhex("".join(rows)).hex(" ") == data.hex(" ")
+    assert decode(unpack(data), kv.geometry).groups[0].values.flatten().tolist() == [0.0, 7.0]
+
+
+def test_the_format_page_names_every_segment_and_kind():
+    text = FORMAT.read_text()
+    for member in (*SegmentType, *MessageKind):
+        assert re.search(rf"\b{member.value} {member.name}\b", text), member
+
+
+LIGHT = """
+import sys, time
+start = time.process_time()
+import kvferry.wire
+print(time.process_time() - start, *sys.modules.keys() & {"torch", "numpy", "pydantic", "transformers"})
+"""
+
+
+def test_importing_wire_is_light():
+    command = [sys.executable, "-c", LIGHT]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)
+    ]
+    assert all(len(run) == 1 for run in runs), runs
+    assert min(float(seconds) for (seconds,) in runs) < 0.15
