@@ -1,5 +1,6 @@
 """kvferry's decode loop: batched, masked by slot and layer, greedy or sampled, with stop strings and streaming."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -53,17 +54,22 @@ def generate(
     stop: tuple[str, ...] = (),
     on_text: OnText | None = None,
 ) -> list[Answer]:
-    """Continue each row of `state` from the logits of its last token. A row's text ends before its stop string."""
+    """Continue each row of `state` from the logits of its last token.
+
+    A row ends before its stop string, at an end-of-text token, after `max_new_tokens`, or where the longest row has
+    used the model's last position.
+    """
     model, answers = state.model, [Answer() for _ in range(logits.shape[0])]
     generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
     writers = [_Writer(row, stop, on_text) for row in range(len(answers))]
-    for step in range(max_new_tokens):
+    n_steps = min(max_new_tokens, _room(state) + 1)  # the last token drawn need not be read
+    for step in range(n_steps):
         ids = pick(logits, sampling, generator)
         for answer, writer, number in zip(answers, writers, ids.tolist(), strict=True):
             if not answer.ended_by:
                 _take(answer, writer, number, model)
         going = [not answer.ended_by for answer in answers]
-        if not any(going) or step + 1 == max_new_tokens:
+        if not any(going) or step + 1 == n_steps:
             break
         logits = read(state, _column(ids, going))[:, -1]
     for answer, writer in zip(answers, writers, strict=True):
@@ -84,6 +90,12 @@ def pick(logits: Float[Tensor, "batch vocab"], sampling: Sampling, generator: to
     ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
     drawn = torch.multinomial(ordered.softmax(-1), 1, generator=generator)
     return order.gather(-1, drawn).squeeze(-1)
+
+
+def _room(state: State) -> int:
+    """Positions that are left in the longest row."""
+    limit = state.model.geometry.max_positions
+    return sys.maxsize - 1 if limit is None else limit - int(state.next_position.max())
 
 
 def _take(answer: Answer, writer: "_Writer", number: int, model: Model) -> None:

@@ -60,7 +60,7 @@ def read(state: State, tokens: Tokens, *, keep: int = 1) -> Float[Tensor, "batch
     model = state.model
     ids, mask = tokens.ids.to(model.device), tokens.mask.to(model.device)
     positions = (state.next_position.unsqueeze(-1) + mask.cumsum(-1) - 1).clamp(min=0)
-    _check_room(state, ids.shape[1])
+    _check_room(state, mask)
     filler = call_filler(model.geometry, positions, state.call_length)
     parts = zip((ids, mask, positions), filler, strict=True)
     ids, mask, positions = (torch.cat(pair, -1) for pair in parts)
@@ -146,11 +146,12 @@ def _append_slots(state: State, valid: Bool[Tensor, "layers batch new"], positio
     state.positions = torch.cat([state.positions, positions], -1)
 
 
-def _check_room(state: State, n_new: int) -> None:
+def _check_room(state: State, mask: Bool[Tensor, "batch new"]) -> None:
     limit = state.model.geometry.max_positions
-    if limit is None or state.positions.shape[1] + n_new <= limit:
+    # Slots bound positions from above almost always, and asking for them does not wait for the device.
+    if limit is None or state.positions.shape[1] + mask.shape[1] <= limit:
         return
-    last = int(state.next_position.max()) + n_new
+    last = int((state.next_position + mask.sum(-1)).max())
     if last > limit:
         cure = "Shorten the context, or choose a model with more positions"
         raise ContextTooLong(f"{last} positions are needed, {state.model.name} has {limit}", cure=cure)
