@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -261,7 +260,3 @@ def test_a_file_that_is_no_result(tmp_path: Path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(FolderError, match="kvferry demo --json"):
         load_result(tmp_path / "bad.json")
-
-
-def test_scores_are_integers():
-    assert right(["a"], ["a"]).dtype == np.int64

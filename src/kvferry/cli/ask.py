@@ -17,6 +17,7 @@ from kvferry.cli.choices import (
     ReceiverOption,
     SenderOption,
     choose_aligner,
+    choose_codec,
     read_context,
 )
 
@@ -39,12 +40,13 @@ def ask(
 ) -> None:
     """Let one model read a text and another one answer a question about it."""
     text = read_context(context)
+    coder = choose_codec(codec)
     from kvferry.cli.exchange import read, show
     from kvferry.models.load import load
     from kvferry.session.receiver import Receiver
     from kvferry.session.sender import Sender
 
-    reader = Sender(sender, codec)
+    reader = Sender(sender, coder)
     answerer = Receiver(load(receiver), choose_aligner(aligner, sender, receiver))
     message, times = read(reader, text, max_bytes)
     show(asyncio.run(_ask_here(answerer, reader.hello(), message, question, times)), json)

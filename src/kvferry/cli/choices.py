@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvferry.errors import EmptyContext, UsageError
+
+if TYPE_CHECKING:
+    from kvferry.codec import Codec
 
 SENDER, RECEIVER, CODEC = "llama", "qwen3", "int(bits=8)"
 HOST, PORT = "127.0.0.1", 7070
@@ -38,6 +41,13 @@ def read_context(name: str) -> str:
     if not text.strip():
         raise EmptyContext(f"{name} holds no text", cure="Give the sender something to read")
     return text
+
+
+def choose_codec(spec: str) -> "Codec":
+    """The codec of a spec; a `UsageError` for one that is none, before a model is loaded."""
+    from kvferry.codec import CODECS
+
+    return CODECS.parse(spec)
 
 
 def choose_aligner(given: str | None, sender: str, receiver: str) -> str | None:

@@ -46,7 +46,8 @@ def _run(demo: "Demo") -> "DemoResult":
 
     from kvferry.lab.demo import n_steps, run_demo
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading both models", total=n_steps())
 
         def on_arm(arm: str) -> None:

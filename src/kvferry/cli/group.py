@@ -7,36 +7,32 @@ from typer.core import TyperGroup
 
 from kvferry.errors import KvferryError
 
+_BUGS = (OSError, RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_NOT_OURS = (typer.Exit, typer.Abort, BrokenPipeError)
+
 
 class Verbs(TyperGroup):
     """2 for a call that cannot be carried out as asked, 1 for a failure, 130 for Ctrl-C."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # Typer's copy of click's Context has no public name
         try:
             return super().invoke(ctx)
-        except KvferryError as error:
-            if ctx.params["debug"]:
-                raise
-            _end(str(error), error.exit_code)
-        except (typer.Exit, typer.Abort):
+        except _NOT_OURS:
             raise
-        except (
-            OSError,
-            RuntimeError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (KvferryError, *_BUGS) as error:
             if ctx.params["debug"]:
                 raise
-            _end(
-                f"unexpected {type(error).__name__}: {error}. Run kvferry --debug ... and report what it shows",
-                1,
-            )
+            _end(*_explain(error))
         except KeyboardInterrupt:
             _end("stopped", 130)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to say, and the exit code."""
+    if isinstance(error, KvferryError):
+        return str(error), error.exit_code
+    cure = "Run kvferry --debug ... and report what it shows"
+    return f"unexpected {type(error).__name__}: {error}. {cure}", KvferryError.exit_code
 
 
 def _end(message: str, exit_code: int) -> None:

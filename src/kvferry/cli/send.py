@@ -15,6 +15,7 @@ from kvferry.cli.choices import (
     PortOption,
     QuestionOption,
     SenderOption,
+    choose_codec,
     read_context,
 )
 
@@ -34,10 +35,11 @@ def send(
 ) -> None:
     """Read a text and let a running receiver (kvferry serve) answer a question about it."""
     text = read_context(context)
+    coder = choose_codec(codec)
     from kvferry.cli.exchange import show
     from kvferry.session.sender import Sender
 
-    show(asyncio.run(_send(Sender(sender, codec), text, question, host, port)), json)
+    show(asyncio.run(_send(Sender(sender, coder), text, question, host, port)), json)
 
 
 async def _send(sender: "Sender", text: str, question: str, host: str, port: int) -> "Answered":
