@@ -79,7 +79,7 @@ _CARRIED: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, "rotary_pct": 0.5, **_PARTIAL}),
+    "gpt_neox": ("gpt_neox", {"num_attention_heads": 2, **_PARTIAL}),
     "phi3": ("phi3", {}),
     "phi3-partial": ("phi3", _PARTIAL),
     "phi3-longrope": ("phi3", {"original_max_position_embeddings": 32, **_LONGROPE}),
