@@ -92,7 +92,7 @@ HEADERS = {
     "kind 255": ({"kind": 255}, Malformed),
     "frame type 2": ({"frame_type": 2}, Malformed),
     "frame type 255": ({"frame_type": 255}, Malformed),
-    "lowest flag": ({"flags": 1}, Malformed),
+    "second flag": ({"flags": 2}, Malformed),
     "highest flag": ({"flags": 0x8000}, Malformed),
     "I with a reference": ({"reference_id": 1}, Malformed),
     "4 G tokens": ({"n_tokens": 2**32 - 1}, LimitExceeded),

@@ -4,7 +4,7 @@ The format is normative in docs/format.md.
 """
 
 from kvferry.wire.frame import Frame, Prefix, pack, packed_bytes, unpack, unpack_prefix
-from kvferry.wire.header import HEADER_BYTES, MAJOR, MINOR, FrameType, MessageKind
+from kvferry.wire.header import HEADER_BYTES, MAJOR, MINOR, FrameType, MessageKind, TokenGrid
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
 from kvferry.wire.segments import Segment, SegmentType
 from kvferry.wire.text import json_frame, read_json, read_text, text_frame
@@ -21,6 +21,7 @@ __all__ = [
     "Prefix",
     "Segment",
     "SegmentType",
+    "TokenGrid",
     "json_frame",
     "pack",
     "packed_bytes",

@@ -45,8 +45,16 @@ class FrameType(IntEnum):
     P = 1
 
 
+class TokenGrid(IntEnum):
+    """Whose tokens the slots stand for."""
+
+    SENDER = 0
+    RECEIVER = 1
+
+
 _KINDS = frozenset(int(member) for member in MessageKind)
 _TYPES = frozenset(int(member) for member in FrameType)
+_GRIDS = frozenset(int(member) for member in TokenGrid)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Header:
     geometry_hash: int = 0
     tokenizer_hash: int = 0
     profile_hash: int = 0
+    grid: TokenGrid = TokenGrid.SENDER
 
 
 def checksum(*parts: bytes | memoryview) -> int:
@@ -85,7 +94,9 @@ def write_header(header: Header) -> bytes:
             f"an I frame refers to frame {header.reference_id}", cure="Set reference_id to 0 or make it P"
         )
     try:
-        fields = _FIELDS.pack(MAGIC, MAJOR, MINOR, header.kind, header.frame_type, 0, *_numbers(header))
+        fields = _FIELDS.pack(
+            MAGIC, MAJOR, MINOR, header.kind, header.frame_type, header.grid, *_numbers(header)
+        )
     except struct.error as error:
         cure = "Ids and n_tokens take 32 bits, hashes 64, step 16 signed"
         raise UsageError(f"a header field is out of range in {header}: {error}", cure=cure) from None
@@ -113,7 +124,16 @@ def read_header(view: memoryview, limits: Limits) -> Header:
     if n_tokens > limits.max_tokens:
         cure = "Send fewer tokens or raise Limits.max_tokens"
         raise LimitExceeded(f"{n_tokens} tokens, the limit is {limits.max_tokens}", cure=cure)
-    return Header(MessageKind(kind), FrameType(frame_type), frame_id, reference_id, step, n_tokens, *hashes)
+    return Header(
+        MessageKind(kind),
+        FrameType(frame_type),
+        frame_id,
+        reference_id,
+        step,
+        n_tokens,
+        *hashes,
+        grid=TokenGrid(flags),
+    )
 
 
 def _check_version(magic: bytes, major: int, minor: int) -> None:
@@ -131,7 +151,7 @@ def _check_fields(kind: int, frame_type: int, flags: int, reference_id: int) -> 
     cure = "Write the frame with kvferry.wire.pack"
     if kind not in _KINDS or frame_type not in _TYPES:
         raise Malformed(f"message kind {kind} or frame type {frame_type} does not exist", cure=cure)
-    if flags:
-        raise Malformed(f"header flags {flags:#06x} are reserved and must be 0", cure=cure)
+    if flags not in _GRIDS:
+        raise Malformed(f"header flags {flags:#06x}: only bit 0, the grid, is defined", cure=cure)
     if frame_type == FrameType.I and reference_id:
         raise Malformed(f"an I frame refers to frame {reference_id}", cure=cure)

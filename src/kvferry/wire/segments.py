@@ -30,6 +30,7 @@ class SegmentType(IntEnum):
     PAYLOAD = 16
     TEXT = 32
     JSON = 33
+    TEXT_ZSTD = 34
     END = 255
 
 
