@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kvferry.models.zoo.recipes import Stage
 from kvferry.models.zoo.tokenizers import SPECIALS, special_ids
+from kvferry.models.zoo.words import GOODS, NAMES, TOWNS
 from kvferry.models.zoo.worlds import Document, make_document
 
 Row = tuple[list[int], list[bool]]  # tokens, and which of them are to be learned
 
+_WORDS = NAMES + GOODS + TOWNS
 _POOL = 512  # rows that are sorted by length before they are cut into batches
 
 
@@ -80,11 +82,15 @@ def _document_row(document: Document, tokenizer: Tokenizer) -> Row:
 
 
 def _copy_row(stage: Stage, tokenizer: Tokenizer, rng: Random) -> Row:
-    """Random tokens, then the same again: what teaches a model to look back."""
+    """Random tokens or words, then the same again: what teaches a model to look back."""
     n = rng.randint(8, stage.max_copy)
-    half = rng.choices(range(len(SPECIALS), tokenizer.get_vocab_size()), k=n)
+    if stage.copied_words and rng.random() < stage.copied_words:
+        text = "".join(f" {word}" for word in rng.choices(_WORDS, k=n // 4))
+        half = tokenizer.encode(text, add_special_tokens=False).ids
+    else:
+        half = rng.choices(range(len(SPECIALS), tokenizer.get_vocab_size()), k=n)
     _, bos, _ = special_ids(tokenizer)
-    return [bos, *half, *half], [False] * (n + 1) + [True] * n
+    return [bos, *half, *half], [False] * (len(half) + 1) + [True] * len(half)
 
 
 def _batch(rows: list[Row]) -> Batch:

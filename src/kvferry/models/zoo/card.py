@@ -1,5 +1,8 @@
 """The README.md of a zoo folder: what the model is, how it was made, how well it reads."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from kvferry.models.zoo.recipes import Recipe
 
 _CARD = """\
@@ -35,21 +38,35 @@ Without the context it can only guess: 1 in 24 for towns, 1 in 32 for names.
 
     kvferry zoo train {name}
 
-Seed {seed}, {steps} steps, {seconds:.0f} seconds on two CPU cores. Trained from nothing, on generated text only.
+Seed {seed}, {steps} steps, {seconds:.0f} seconds with {threads} CPU thread{s}. Trained on generated text only.
 
 Licence: Apache-2.0.
 """
 
 
-def card(name: str, recipe: Recipe, parameters: int, seconds: float, scores: dict[str, float], n: int) -> str:
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: the folder, how long it took with how many threads, exact match per task on n items."""
+
+    path: Path
+    parameters: int
+    seconds: float
+    threads: int
+    scores: dict[str, float]
+    n: int
+
+
+def card(name: str, recipe: Recipe, trained: Trained) -> str:
     """The text of the card."""
     return _CARD.format(
         name=name,
         architecture=recipe.architecture,
-        parameters=parameters,
-        n=n,
-        scores="\n".join(f"| {task} | {score:.3f} |" for task, score in scores.items()),
+        parameters=trained.parameters,
+        n=trained.n,
+        scores="\n".join(f"| {task} | {score:.3f} |" for task, score in trained.scores.items()),
         seed=recipe.seed,
         steps=recipe.steps,
-        seconds=seconds,
+        seconds=trained.seconds,
+        threads=trained.threads,
+        s="" if trained.threads == 1 else "s",
     )

@@ -31,10 +31,10 @@ class Entry:
 
 
 CATALOG = (
-    Entry("llama", "Llama: 3 layers, 2 key heads of 24; BPE of 512"),
+    Entry("llama", "Llama: 4 layers, 2 key heads of 24; BPE of 512"),
     Entry("qwen3", "Qwen3: 4 layers, 2 key heads of 32, normalised; the tokenizer of llama"),
-    Entry("gemma3", "Gemma 3: 4 layers, windows of 64 on three; a BPE of whole phrases"),
-    Entry("qwen2", "Qwen2: 4 layers, 2 key heads of 24, biases; one token per byte"),
+    Entry("gemma3", "Gemma 3: 5 layers, 2 key heads of 32, windows of 64 on two; BPE of whole phrases"),
+    Entry("qwen2", "Qwen2: 5 layers, 2 key heads of 24, biases; one token per byte"),
 )
 
 

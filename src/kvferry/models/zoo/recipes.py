@@ -10,7 +10,8 @@ _KINDS = {"place": 4.0, "met": 3.0, "two_hop": 3.0, "count": 1.0}
 class Stage:
     """A stretch of training: which worlds, how large, in batches of how many tokens.
 
-    `copies` is the share of rows that are random tokens and their repeat, `max_copy` the longest of these.
+    `copies` is the share of rows that are random tokens and their repeat, at most `max_copy` each; `copied_words` is
+    the share among these that are words of the worlds instead, for a model whose tokens are letters.
     """
 
     steps: int
@@ -19,6 +20,7 @@ class Stage:
     max_tokens: int = 1024
     questions: int = 12
     copies: float = 0.0
+    copied_words: float = 0.0
     max_copy: int = 16
     batch_tokens: int = 4096
     kinds: dict[str, float] = field(default_factory=lambda: dict(_KINDS))
@@ -62,17 +64,25 @@ _SHAPE: dict[str, object] = {
     "initializer_range": 0.05,
     "tie_word_embeddings": True,
 }
+_NEAR, _FAR = "sliding_attention", "full_attention"
 _WORD_STAGES = (
     Stage(250, copies=1.0, batch_tokens=2048),
     Stage(450, facts=(1, 8), copies=0.1, max_copy=64, batch_tokens=2048),
     Stage(600, facts=(4, 16), max_fillers=20, copies=0.05, max_copy=128),
     Stage(450, facts=(4, 32), max_fillers=120, batch_tokens=6144),
 )
+_PHRASE_STAGES = (
+    Stage(250, copies=1.0, batch_tokens=2048),
+    Stage(450, facts=(1, 8), copies=0.1, max_copy=64, batch_tokens=2048),
+    Stage(600, facts=(4, 16), max_fillers=40, copies=0.05, max_copy=128),
+    Stage(400, facts=(4, 32), max_fillers=200, batch_tokens=6144),
+)
 _BYTE_STAGES = (
     Stage(250, copies=1.0, batch_tokens=2048),
-    Stage(900, facts=(1, 6), questions=8, copies=0.1, max_copy=64, batch_tokens=2048),
-    Stage(600, facts=(2, 12), max_fillers=8, copies=0.05, max_copy=128),
-    Stage(400, facts=(4, 32), max_fillers=40, batch_tokens=8192),
+    Stage(250, copies=1.0, copied_words=0.8, max_copy=64, batch_tokens=2048),
+    Stage(700, facts=(2, 6), copies=0.15, copied_words=0.8, max_copy=128),
+    Stage(500, facts=(2, 16), max_fillers=8, copies=0.05, copied_words=0.8, max_copy=256, batch_tokens=6144),
+    Stage(300, facts=(4, 32), max_fillers=40, batch_tokens=8192),
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -95,14 +105,15 @@ RECIPES: dict[str, Recipe] = {
         "gemma3_text",
         {
             **_SHAPE,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 5,
+            "intermediate_size": 128,
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
             "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "layer_types": [_NEAR, _FAR, _FAR, _NEAR, _FAR],
         },
         "phrases",
-        _WORD_STAGES,
+        _PHRASE_STAGES,
         seed=2,
     ),
     "qwen2": Recipe(
@@ -111,6 +122,6 @@ RECIPES: dict[str, Recipe] = {
         "bytes",
         _BYTE_STAGES,
         seed=3,
-        look_back=((1, 2, 3, 4), (4, 5, 8, 9)),
+        look_back=((1, 2, 3, 4), (5, 6, 8, 10)),
     ),
 }

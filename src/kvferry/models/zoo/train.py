@@ -6,7 +6,6 @@ at once it would guess by type for thousands of steps, and one that has seen eig
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,21 +19,12 @@ from transformers import PreTrainedModel
 
 from kvferry.errors import UnknownName
 from kvferry.models.zoo.batches import Batch, batches
-from kvferry.models.zoo.card import card
+from kvferry.models.zoo.card import Trained, card
 from kvferry.models.zoo.catalog import load_folder
 from kvferry.models.zoo.evaluate import score
 from kvferry.models.zoo.recipes import RECIPES, Recipe
 from kvferry.models.zoo.start import untrained
 from kvferry.models.zoo.tokenizers import TOKENIZERS, fast
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What `train_zoo` made: the folder, the seconds it took, the scores on the test split."""
-
-    path: Path
-    seconds: float
-    scores: dict[str, float]
 
 
 def train_zoo(name: str, out_dir: str | Path, progress: bool = True, n_scored: int = 500) -> Trained:
@@ -52,9 +42,9 @@ def train_zoo(name: str, out_dir: str | Path, progress: bool = True, n_scored: i
     seconds = time.perf_counter() - started
     _save(model, tokenizer, path)
     scores = score(*load_folder(path), n=n_scored)
-    size = sum(p.numel() for p in model.parameters())
-    (path / "README.md").write_text(card(name, recipe, size, seconds, scores, n_scored), encoding="utf-8")
-    return Trained(path, seconds, scores)
+    trained = Trained(path, model.num_parameters(), seconds, torch.get_num_threads(), scores, n_scored)
+    (path / "README.md").write_text(card(name, recipe, trained), encoding="utf-8")
+    return trained
 
 
 def _steps(model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[float]:
