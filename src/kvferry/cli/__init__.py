@@ -7,6 +7,7 @@ import typer
 from kvferry import __version__
 from kvferry.cli.ask import ask
 from kvferry.cli.demo import demo
+from kvferry.cli.fit import fit
 from kvferry.cli.group import Verbs
 from kvferry.cli.send import send
 from kvferry.cli.serve import serve
@@ -19,6 +20,7 @@ app.command()(ask)
 app.command()(serve)
 app.command()(send)
 app.command()(demo)
+app.command()(fit)
 app.add_typer(zoo, name="zoo")
 
 

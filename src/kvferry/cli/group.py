@@ -30,11 +30,11 @@ class Verbs(TyperGroup):
 def _explain(error: Exception) -> tuple[str, int]:
     """What to say, and the exit code."""
     if isinstance(error, KvferryError):
-        return str(error), error.exit_code
+        return f"error: {error}", error.exit_code
     cure = "Run kvferry --debug ... and report what it shows"
-    return f"unexpected {type(error).__name__}: {error}. {cure}", KvferryError.exit_code
+    return f"error: unexpected {type(error).__name__}: {error}. {cure}", KvferryError.exit_code
 
 
 def _end(message: str, exit_code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    typer.echo(" ".join(message.split()), err=True)
     raise typer.Exit(exit_code)
