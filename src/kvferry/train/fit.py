@@ -33,6 +33,12 @@ from kvferry.train.whitened import Whitened
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 N_HELD_OUT = 128
+DEFAULT_CODECS = (
+    "raw(dtype=float16)",
+    "int(bits=8, group=32, axis=token)",
+    "int(bits=4, group=32, axis=channel)",
+    "int(bits=4, group=32, axis=token)",
+)
 OnStep = Callable[[int, float], None]
 
 
@@ -40,12 +46,7 @@ OnStep = Callable[[int, float], None]
 class Recipe:
     """Everything that decides a fit, beside models and data. `steps=0` is the ridge alone."""
 
-    codecs: tuple[str, ...] = (
-        "raw(dtype=float16)",
-        "int(bits=8, group=32, axis=token)",
-        "int(bits=4, group=32, axis=channel)",
-        "int(bits=4, group=32, axis=token)",
-    )
+    codecs: tuple[str, ...] = DEFAULT_CODECS
     n_texts: int = 512
     steps: int = 2000
     batch_size: int = 16
@@ -53,6 +54,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.parsed()
         if not self.codecs or self.n_texts < 1 or self.steps < 0 or self.batch_size < 1 or self.learning_rate <= 0:
             cure = "Name codecs, texts >= 1, steps >= 0, batch size >= 1, learning rate > 0"
             raise UsageError(f"{self} is out of range", cure=cure)
@@ -207,7 +209,7 @@ def _train(pair: Pair, aligner: Linear, pairs: Pairs, codecs: Sequence[Codec], o
         loss = answer_scores(pair.receiver, aligned, continuations(pair.receiver, batch), contract.stride).loss
         if not bool(loss.isfinite()):
             cure = "Lower the learning rate, or look for NaN in the models"
-            raise UsageError(f"the loss is {float(loss)} at step {step}", cure=cure)
+            raise UsageError(f"the loss is {loss.item()} at step {step}", cure=cure)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         optimizer.zero_grad()
@@ -215,7 +217,7 @@ def _train(pair: Pair, aligner: Linear, pairs: Pairs, codecs: Sequence[Codec], o
         nn.utils.clip_grad_norm_(whitened.parameters(), 1.0)
         optimizer.step()
         if on_step is not None:
-            on_step(step, float(loss))
+            on_step(step, loss.item())
     _set(aligner, *whitened())
 
 
