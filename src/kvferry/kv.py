@@ -55,9 +55,9 @@ class Spans:
 
     def widen(self, width: int) -> "Spans":
         """Padding in front, up to `width` tokens."""
-        n = width - len(self)
-        numbers = (np.pad(part, (n, 0)) for part in (self.part, self.start, self.end))
-        return Spans(*numbers, np.pad(self.role, (n, 0), constant_values=Role.PAD))
+        zeros = np.zeros(width - len(self), np.int32)
+        numbers = (np.concatenate([zeros, part]) for part in (self.part, self.start, self.end))
+        return Spans(*numbers, np.concatenate([np.full(len(zeros), Role.PAD, np.uint8), self.role]))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ tokens and the gaps where some were dropped.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -30,8 +31,7 @@ def text_slots(kv: KV) -> KV:
     The receiver has a head of its own; the sender's would stand in its way. Slots that no sequence needs are dropped,
     the others only marked absent, so that a batch keeps its shape.
     """
-    is_text = torch.tensor([[role == Role.TEXT for role in spans.role] for spans in kv.spans], device=kv.device)
-    is_text = is_text.reshape(kv.n_batch, kv.n_tokens)
+    is_text = torch.from_numpy(np.stack([spans.role == Role.TEXT for spans in kv.spans])).to(kv.device)
     last = torch.iinfo(kv.positions.dtype).max
     first = kv.positions[0].masked_fill(~is_text, last).min(-1, keepdim=True).values if kv.n_tokens else 0
     text = replace(kv, present=kv.present & is_text, positions=(kv.positions - first) * is_text)

@@ -22,17 +22,41 @@ class Tokens:
     mask: Bool[Tensor, "batch tokens"]
     spans: tuple[Spans, ...]
 
+    def row(self, index: int) -> "Row":
+        """One sequence without its padding."""
+        mask = self.mask[index]
+        return self.ids[index][mask].tolist(), self.spans[index].take(mask.cpu().numpy())
+
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
         return self.mask.sum(-1)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], role: Role = Role.TEXT) -> Tokens:
+Row = tuple[list[int], Spans]
+"""One sequence without padding."""
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], role: Role = Role.TEXT) -> Tokens:
     """Tokenise texts that stand in the middle of a prompt: no special tokens, no dummy space in front."""
-    return pad([_encode_one(tokenizer, text, role) for text in texts])
+    return pad(encode_rows(tokenizer, texts, [role] * len(texts)))
 
 
-def pad(rows: list[tuple[list[int], Spans]]) -> Tokens:
+def encode_rows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], roles: Sequence[Role]) -> list[Row]:
+    """`encode` without padding, each text in its own role. Raises `UsageError` for a tokenizer without offsets."""
+    if not texts:
+        return []
+    try:
+        found = tokenizer(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+    except NotImplementedError:
+        cure = "Load a fast tokenizer (tokenizer.json)"
+        raise UsageError(f"{type(tokenizer).__name__} gives no offsets", cure=cure) from None
+    rows = zip(texts, roles, found["input_ids"], found["offset_mapping"], strict=True)
+    return [_row(tokenizer, text, role, list(ids), offsets) for text, role, ids, offsets in rows]
+
+
+def pad(rows: Sequence[Row]) -> Tokens:
     """Left-pad rows of ids and spans to one length (padding id 0, role PAD)."""
     width = max((len(ids) for ids, _ in rows), default=0)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -46,11 +70,19 @@ def pad(rows: list[tuple[list[int], Spans]]) -> Tokens:
 
 def join(*parts: Tokens) -> Tokens:
     """Concatenate row by row, padding moved to the left again."""
-    rows = []
-    for row in range(parts[0].ids.shape[0]):
-        numbers = [number for part in parts for number in part.ids[row][part.mask[row]].tolist()]
-        rows.append((numbers, _join_spans([part.spans[row].take(part.mask[row].numpy()) for part in parts])))
-    return pad(rows)
+    return pad([join_rows([part.row(row) for part in parts]) for row in range(parts[0].ids.shape[0])])
+
+
+def join_rows(rows: Sequence[Row]) -> Row:
+    """One sequence after the other."""
+    spans = [spans for _, spans in rows]
+    joined = Spans(
+        np.concatenate([part.part for part in spans]),
+        np.concatenate([part.start for part in spans]),
+        np.concatenate([part.end for part in spans]),
+        np.concatenate([part.role for part in spans]),
+    )
+    return [number for ids, _ in rows for number in ids], joined
 
 
 def plain_spans(n_tokens: int, role: Role) -> Spans:
@@ -59,13 +91,9 @@ def plain_spans(n_tokens: int, role: Role) -> Spans:
     return Spans(zeros, zeros.copy(), zeros.copy(), np.full(n_tokens, role, np.uint8))
 
 
-def _encode_one(tokenizer: PreTrainedTokenizerFast, text: str, role: Role) -> tuple[list[int], Spans]:
-    try:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    except NotImplementedError:
-        cure = "Load a fast tokenizer (tokenizer.json)"
-        raise UsageError(f"{type(tokenizer).__name__} gives no offsets", cure=cure) from None
-    ids, offsets = list(found["input_ids"]), [tuple(pair) for pair in found["offset_mapping"]]
+def _row(
+    tokenizer: PreTrainedTokenizerFast, text: str, role: Role, ids: list[int], offsets: Sequence[tuple[int, int]]
+) -> Row:
     if _starts_with_dummy_space(tokenizer, text, ids):
         ids, offsets = ids[1:], offsets[1:]
     start, end = byte_ranges(text, offsets)
@@ -97,12 +125,3 @@ def byte_ranges(
         cuts = np.linspace(edges[char], edges[char + 1], len(borders) + 2).round()[1:-1]
         end[borders] = start[borders + 1] = cuts.astype(np.int32)
     return start, end
-
-
-def _join_spans(parts: list[Spans]) -> Spans:
-    return Spans(
-        np.concatenate([part.part for part in parts]),
-        np.concatenate([part.start for part in parts]),
-        np.concatenate([part.end for part in parts]),
-        np.concatenate([part.role for part in parts]),
-    )

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,7 +14,7 @@ from kvferry.fuse.layout import relay_layout
 from kvferry.kv import KV, Role
 from kvferry.models.load import Model
 from kvferry.models.state import empty, inject, read
-from kvferry.models.tokens import Tokens, encode, join
+from kvferry.models.tokens import Tokens, encode_rows, join_rows, pad
 from kvferry.train.examples import Example
 
 
@@ -41,15 +43,11 @@ class Scores:
 
 def continuations(model: Model, examples: Sequence[Example]) -> Continuations:
     """Tokenise piece by piece, so that a scored piece begins at a token border. Role TEXT marks scored tokens."""
-    rows = [_row(model, example) for example in examples]
-    widest = max(row.ids.shape[1] for row in rows)
-    tokens = Tokens(
-        torch.cat([functional.pad(row.ids, (widest - row.ids.shape[1], 0)) for row in rows]),
-        torch.cat([functional.pad(row.mask, (widest - row.mask.shape[1], 0)) for row in rows]),
-        tuple(row.spans[0].widen(widest) for row in rows),
-    )
-    scored = torch.tensor([[role == Role.TEXT for role in spans.role] for spans in tokens.spans])
-    return Continuations(tokens, scored)
+    pieces = [piece for example in examples for piece in example.pieces]
+    roles = [Role.TEXT if scored else Role.TEMPLATE for _, scored in pieces]
+    rows = iter(encode_rows(model.tokenizer, [text for text, _ in pieces], roles))
+    tokens = pad([join_rows(list(islice(rows, len(example.pieces)))) for example in examples])
+    return Continuations(tokens, torch.from_numpy(np.stack([spans.role == Role.TEXT for spans in tokens.spans])))
 
 
 def answer_scores(receiver: Model, kv: KV, after: Continuations, stride: float) -> Scores:
@@ -63,11 +61,6 @@ def answer_scores(receiver: Model, kv: KV, after: Continuations, stride: float) 
     inject(state, kv, layout.positions, layout.next_position)
     logits = read(state, after.tokens, keep=0)
     return _score(logits[:, :-1], after.tokens.ids[:, 1:].to(kv.device), after.scored[:, 1:].to(kv.device))
-
-
-def _row(model: Model, example: Example) -> Tokens:
-    roles = (Role.TEMPLATE, Role.TEXT)
-    return join(*(encode(model.tokenizer, [text], roles[scored]) for text, scored in example.pieces))
 
 
 def _score(
