@@ -23,11 +23,13 @@ fillers = st.integers(0, 12)
 def read(context: str, question: str) -> set[str]:
     """Every answer that the sentences of a context support, found by pattern instead of by table."""
     places = re.findall(r"(\w+) has (\w+) in (\w+)\.", context)
+    pairs = re.findall(r"(?:^|\. )([a-z]+) in (\w+)\.", context.replace(". ", ". . "))
     met = re.findall(r"(\w+) met (\w+)\.", context)
     counts = re.findall(r"(\w+) has (\w+) (\w+)\.", context)
     company = re.findall(r"(\w+) is with (\w+)\.", context)
     where = re.findall(r"(\w+) is in (\w+)\.", context)
     facts = {f"Where is the {good}?": town for _, good, town in places}
+    facts |= {f"{good}?": town for good, town in pairs}
     facts |= {f"Who has the {good}?": name for name, good, _ in places}
     facts |= {f"Who was met by {one}?": two for one, two in met} | {
         f"Who met {two}?": one for one, two in met

@@ -82,15 +82,16 @@ def _document_row(document: Document, tokenizer: Tokenizer) -> Row:
 
 
 def _copy_row(stage: Stage, tokenizer: Tokenizer, rng: Random) -> Row:
-    """Random tokens or words, then the same again: what teaches a model to look back."""
+    """Random tokens or words, then the same again or backwards: what teaches a model to look back."""
     n = rng.randint(8, stage.max_copy)
     if stage.copied_words and rng.random() < stage.copied_words:
         text = "".join(f" {word}" for word in rng.choices(_WORDS, k=n // 4))
         half = tokenizer.encode(text, add_special_tokens=False).ids
     else:
         half = rng.choices(range(len(SPECIALS), tokenizer.get_vocab_size()), k=n)
+    again = half[::-1] if stage.reversed_copies and rng.random() < stage.reversed_copies else half
     _, bos, _ = special_ids(tokenizer)
-    return [bos, *half, *half], [False] * (len(half) + 1) + [True] * len(half)
+    return [bos, *half, *again], [False] * (len(half) + 1) + [True] * len(half)
 
 
 def _batch(rows: list[Row]) -> Batch:

@@ -1,7 +1,7 @@
 """Which models the zoo holds and where their folders lie.
 
 >>> names()
-('llama', 'qwen3', 'gemma3', 'qwen2')
+('llama', 'qwen3', 'gemma3')
 >>> zoo_path("llama").name
 'llama'
 """
@@ -33,8 +33,9 @@ class Entry:
 CATALOG = (
     Entry("llama", "Llama: 4 layers, 2 key heads of 24; BPE of 512"),
     Entry("qwen3", "Qwen3: 4 layers, 2 key heads of 32, normalised; the tokenizer of llama"),
-    Entry("gemma3", "Gemma 3: 5 layers, 2 key heads of 32, windows of 64 on two; BPE of whole phrases"),
-    Entry("qwen2", "Qwen2: 5 layers, 2 key heads of 24, biases; one token per byte"),
+    Entry(
+        "gemma3", "Gemma 3: 4 layers, 2 key heads of 32, a window of 64 on the first; BPE of whole phrases"
+    ),
 )
 
 

@@ -56,4 +56,10 @@ TWO_HOP = Kind(
     drills=(Form("Where is {two}?", ("two",), "town"), Form("With whom is {one}?", ("one",), "two")),
     disjoint=True,
 )
-KINDS = {"place": PLACE, "met": MET, "count": COUNT, "two_hop": TWO_HOP, "needle": PLACE}
+PAIR = Kind(
+    columns={"good": GOODS, "town": TOWNS},
+    distinct=("good",),
+    sentences=("{good} in {town}.",),
+    forms=(Form("{good}?", ("good",), "town"),),
+)
+KINDS = {"pair": PAIR, "place": PLACE, "met": MET, "count": COUNT, "two_hop": TWO_HOP, "needle": PLACE}

@@ -11,7 +11,8 @@ class Stage:
     """A stretch of training: which worlds, how large, in batches of how many tokens.
 
     `copies` is the share of rows that are random tokens and their repeat, at most `max_copy` each; `copied_words` is
-    the share among these that are words of the worlds instead, for a model whose tokens are letters.
+    the share among these that are words of the worlds, for a model whose tokens are letters, `reversed_copies` of
+    those that are repeated backwards, for questions whose answer stands before what they name.
     """
 
     steps: int
@@ -21,6 +22,7 @@ class Stage:
     questions: int = 12
     copies: float = 0.0
     copied_words: float = 0.0
+    reversed_copies: float = 0.0
     max_copy: int = 16
     batch_tokens: int = 4096
     kinds: dict[str, float] = field(default_factory=lambda: dict(_KINDS))
@@ -30,7 +32,8 @@ class Stage:
 class Recipe:
     """`architecture` and `shape` are transformers' `model_type` and configuration.
 
-    `look_back[layer][head]` is how many tokens back a head looks at the start; `theta` is the rotary base there.
+    `look_back[layer][head]` is how many tokens back a head looks at the start; `theta` is the rotary base there;
+    `residual_scale` makes what the layers add at the start smaller.
     """
 
     architecture: str
@@ -45,6 +48,7 @@ class Recipe:
     warmup: int = 100
     weight_decay: float = 0.02
     context_weight: float = 0.1
+    residual_scale: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -72,17 +76,16 @@ _WORD_STAGES = (
     Stage(450, facts=(4, 32), max_fillers=120, batch_tokens=6144),
 )
 _PHRASE_STAGES = (
-    Stage(250, copies=1.0, batch_tokens=2048),
-    Stage(450, facts=(1, 8), copies=0.1, max_copy=64, batch_tokens=2048),
-    Stage(600, facts=(4, 16), max_fillers=40, copies=0.05, max_copy=128),
-    Stage(400, facts=(4, 32), max_fillers=200, batch_tokens=6144),
+    Stage(300, copies=1.0, reversed_copies=0.4, batch_tokens=2048),
+    Stage(450, facts=(1, 8), copies=0.2, reversed_copies=0.6, max_copy=32, batch_tokens=2048),
+    Stage(500, facts=(4, 16), max_fillers=40, copies=0.1, reversed_copies=0.6, max_copy=64),
+    Stage(300, facts=(4, 32), max_fillers=200, batch_tokens=6144),
 )
 _BYTE_STAGES = (
-    Stage(250, copies=1.0, batch_tokens=2048),
-    Stage(250, copies=1.0, copied_words=0.8, max_copy=64, batch_tokens=2048),
-    Stage(700, facts=(2, 6), copies=0.15, copied_words=0.8, max_copy=128),
-    Stage(500, facts=(2, 16), max_fillers=8, copies=0.05, copied_words=0.8, max_copy=256, batch_tokens=6144),
-    Stage(300, facts=(4, 32), max_fillers=40, batch_tokens=8192),
+    Stage(500, facts=(4, 16), questions=16, kinds={"pair": 1.0}),
+    Stage(500, facts=(2, 8)),
+    Stage(250, facts=(4, 16), max_fillers=8, batch_tokens=6144),
+    Stage(200, facts=(4, 32), max_fillers=40, batch_tokens=8192),
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -105,16 +108,16 @@ RECIPES: dict[str, Recipe] = {
         "gemma3_text",
         {
             **_SHAPE,
-            "num_hidden_layers": 5,
-            "intermediate_size": 128,
+            "num_hidden_layers": 4,
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
             "sliding_window": 64,
-            "layer_types": [_NEAR, _FAR, _FAR, _NEAR, _FAR],
+            "layer_types": [_NEAR, _FAR, _FAR, _FAR],
         },
         "phrases",
         _PHRASE_STAGES,
         seed=2,
+        residual_scale=0.2,
     ),
     "qwen2": Recipe(
         "qwen2",
@@ -122,6 +125,7 @@ RECIPES: dict[str, Recipe] = {
         "bytes",
         _BYTE_STAGES,
         seed=3,
+        residual_scale=0.2,
         look_back=((1, 2, 3, 4), (5, 6, 8, 10)),
     ),
 }

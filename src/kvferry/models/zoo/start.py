@@ -12,7 +12,7 @@ from kvferry.models.zoo.recipes import Recipe
 from kvferry.models.zoo.tokenizers import MAX_POSITIONS, line_end, special_ids
 
 _CONSTANT, _CHANNELS = 0.15, 4
-_SHARPNESS = 0.8
+_SHARPNESS, _BIAS = 0.8, 8.0
 _PAIR_WEIGHTS = (1.0, 0.7, 0.3)  # the fastest rotary pairs tell near distances apart
 
 
@@ -31,6 +31,8 @@ def untrained(recipe: Recipe, tokenizer: Tokenizer) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = [eos, line_end(tokenizer)]
     _look_back(model, recipe.theta, recipe.look_back)
+    if recipe.residual_scale != 1.0:
+        _soften(model, recipe.residual_scale)
     return model
 
 
@@ -38,8 +40,8 @@ def untrained(recipe: Recipe, tokenizer: Tokenizer) -> PreTrainedModel:
 def _look_back(model: PreTrainedModel, theta: float, distances: tuple[tuple[int, ...], ...]) -> None:
     """Let heads start out looking some tokens back; from nothing that takes many minutes to emerge.
 
-    A few embedding channels begin as a constant, from which queries and keys are made; the queries of a head are
-    turned by its distance, so that the rotary score is highest there.
+    Queries and keys get a constant part, and that of a head's queries is turned by its distance, so that the rotary
+    score is highest there. It comes from the biases, or, where there are none, from a few constant embedding channels.
     """
     dict(model.named_parameters())["model.embed_tokens.weight"][:, :_CHANNELS] = _CONSTANT
     for number, of_heads in enumerate(distances):
@@ -47,15 +49,33 @@ def _look_back(model: PreTrainedModel, theta: float, distances: tuple[tuple[int,
         half = attention.head_dim // 2
         angle = theta ** (-torch.arange(half) / half)
         use = torch.zeros(half)
-        use[: len(_PAIR_WEIGHTS)] = _SHARPNESS * torch.tensor(_PAIR_WEIGHTS)
+        use[: len(_PAIR_WEIGHTS)] = torch.tensor(_PAIR_WEIGHTS)
         for head, distance in enumerate(of_heads):
             turned = torch.cat([use * (distance * angle).cos(), -use * (distance * angle).sin()])
-            _rows(attention.q_proj, head, 2 * half)[:, :_CHANNELS] = turned[:, None]
-            key = _rows(attention.k_proj, head // attention.num_key_value_groups, 2 * half)
-            key[:, :_CHANNELS] = torch.cat([use, 0 * use])[:, None]
+            _add_constant(attention.q_proj, head, turned)
+            _add_constant(attention.k_proj, head // attention.num_key_value_groups, torch.cat([use, 0 * use]))
         if hasattr(attention, "q_norm"):
             attention.q_norm.weight += 2.0
 
 
-def _rows(projection: Linear, head: int, dim: int) -> Tensor:
-    return projection.weight[head * dim : (head + 1) * dim]
+def _add_constant(projection: Linear, head: int, constant: Tensor) -> None:
+    rows = slice(head * len(constant), (head + 1) * len(constant))
+    if projection.bias is not None:
+        projection.bias[rows] = _BIAS * constant
+    else:
+        projection.weight[rows, :_CHANNELS] = _SHARPNESS * constant[:, None]
+
+
+@torch.no_grad()
+def _soften(model: PreTrainedModel, scale: float) -> None:
+    """Let layers add little at the start, so that later ones still see the embeddings.
+
+    Gemma normalises what a layer adds, so there the norm is scaled (its weights are offsets from one).
+    """
+    for name, weight in model.named_parameters():
+        if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+            if model.config.model_type.startswith("gemma"):
+                weight.fill_(scale - 1.0)
+        elif "o_proj.weight" in name or "down_proj.weight" in name:
+            weight *= scale
+            weight[:_CHANNELS] = 0.0
