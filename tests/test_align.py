@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvferry.align.contract import Contract, covers, from_json, to_json
-from kvferry.align.features import flatten, unflatten
+from kvferry.align.features import flatten, unflatten, with_neighbours
 from kvferry.align.folder import load_aligner, save_aligner
 from kvferry.align.identity import Identity
 from kvferry.align.linear import Linear
@@ -29,6 +29,18 @@ def test_features_are_the_cache_and_back(name):
     kv = capture(model_of(name), tokens_of(random_rows(2, 5))).kv
     for got, want in zip(unflatten(flatten(kv), kv.geometry), kv.groups, strict=True):
         assert torch.equal(got.keys, want.keys.float()) and torch.equal(got.values, want.values.float())
+
+
+def test_neighbours_are_the_tokens_before_and_nothing_where_there_is_none():
+    kv = capture(model_of("llama"), tokens_of(random_rows(2, 5))).kv
+    present = kv.present.clone()
+    present[:, 1, 2] = False
+    kv = replace(kv, present=present)
+    wide, plain = with_neighbours(kv, 3), flatten(kv)
+    width = plain.shape[-1]
+    assert torch.equal(wide[0, 4], torch.cat([plain[0, 4], plain[0, 3], plain[0, 2]]))
+    assert torch.equal(wide[0, 0, :width], plain[0, 0]) and wide[0, 0, width:].abs().max() == 0
+    assert wide[1, 3, width : 2 * width].abs().max() == 0
 
 
 def test_ridge_finds_an_affine_map_and_sums_add_in_any_order():
@@ -76,22 +88,28 @@ def test_linear_maps_a_cache_into_the_receivers_geometry(contract):
 
 
 def test_a_folder_loads_to_the_same_map(contract, tmp_path):
-    aligner = Linear(contract)
+    aligner = Linear(contract, neighbours=2)
     torch.nn.init.normal_(aligner.weight)
     for _ in range(2):  # the second time over the first
         save_aligner(aligner, tmp_path / "a", card="# card\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     again = load_aligner(tmp_path / "a")
     assert again.contract == contract
-    assert torch.equal(again.weight, aligner.weight)
+    assert torch.equal(again.weight, aligner.weight) and again.options() == {"neighbours": 2}
 
 
 def test_a_contract_survives_json(contract):
     assert from_json(json.loads(json.dumps(to_json(contract)))) == contract
 
 
-@pytest.mark.parametrize("harm", ["no config", "no weights", "cut weights", "other shape", "not json", "no name"])
+@pytest.mark.parametrize(
+    "harm", ["no config", "no weights", "cut weights", "other shape", "not json", "no name"]
+)
 def test_a_broken_folder_is_refused(contract, tmp_path, harm):
     folder = tmp_path / "a"
     save_aligner(Linear(contract), folder, card="")

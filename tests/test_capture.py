@@ -72,9 +72,7 @@ def test_attention_mass_counts_every_query_once(name):
 def test_a_part_is_read_as_in_the_longer_call():
     model, rows = model_of("phi3-longrope"), random_rows(1, 40)
     whole = capture(model, tokens_of(rows)).kv
-    part, alone = (
-        capture(model, tokens_of([rows[0][:20]]), call_length=length).kv for length in (40, 0)
-    )
+    part, alone = (capture(model, tokens_of([rows[0][:20]]), call_length=length).kv for length in (40, 0))
     last = model.geometry.n_layers - 1
     want = whole.layer(last)[1][:, :, :20]
     assert (part.layer(last)[1] - want).abs().max() < 1e-5

@@ -7,7 +7,32 @@ import pytest
 import kvferry
 from source import PACKAGE
 
-PUBLIC = ["Geometry", "KV", "KvferryError", "Plan", "Spans"]
+PUBLIC = [
+    "Captured",
+    "Geometry",
+    "KV",
+    "KvferryError",
+    "Message",
+    "Model",
+    "Plan",
+    "Receiver",
+    "Reply",
+    "Sampling",
+    "Sender",
+    "Spans",
+    "State",
+    "capture",
+    "capture_rotated",
+    "empty",
+    "generate",
+    "generate_inputs",
+    "inject",
+    "load",
+    "load_aligner",
+    "read",
+    "text_message",
+    "wrap",
+]
 
 
 def test_the_list_is_the_promise() -> None:

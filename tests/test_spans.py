@@ -13,7 +13,10 @@ from kvferry.align.spans import overlap
 from kvferry.kv import Role
 from kvferry.models.tokens import byte_ranges, encode
 
-CORPUS = ["Ann keeps the ring in the barn. Bob met Cleo. " * 20, "Grüße aus 北京 und Zürich 🎈 an alle. " * 20]
+CORPUS = [
+    "Ann keeps the ring in the barn. Bob met Cleo. " * 20,
+    "Grüße aus 北京 und Zürich 🎈 an alle. " * 20,
+]
 TEXTS = st.text(st.sampled_from("ab eéü 北京🎈👩‍👧.\n"), min_size=1, max_size=40)
 
 

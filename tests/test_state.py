@@ -25,7 +25,9 @@ PREFIX, TOTAL, STEPS = 24, 34, 5
 @pytest.mark.parametrize("take", [capture, capture_rotated])
 def test_own_cache_gives_plain_inference_at_the_prompt_and_at_every_step(name, take):
     model, rows = model_of(name), random_rows(2, TOTAL + STEPS)
-    state = _injected(model, take(model, tokens_of([row[:PREFIX] for row in rows]), call_length=TOTAL).kv, TOTAL)
+    state = _injected(
+        model, take(model, tokens_of([row[:PREFIX] for row in rows]), call_length=TOTAL).kv, TOTAL
+    )
     plain, cache = _plain(model, [row[:TOTAL] for row in rows], None)
     got = read(state, tokens_of([row[PREFIX:TOTAL] for row in rows]), keep=0)
     assert (got - plain[:, PREFIX:]).abs().max() <= 1e-5
@@ -175,7 +177,9 @@ def _forward_with_masked_layers(model: Model, ids: list[int], layers, tokens) ->
         mask[..., PREFIX:, list(tokens)] = torch.finfo(mask.dtype).min
         return args, {**kwargs, "attention_mask": mask}
 
-    attention = [m for m in hf.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
+    attention = [
+        m for m in hf.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+    ]
     hooks = [m.register_forward_pre_hook(hide, with_kwargs=True) for m in attention if m.layer_idx in layers]
     try:
         with torch.no_grad():

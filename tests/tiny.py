@@ -17,7 +17,9 @@ def model_of(name: str) -> Model:
     """A model with one word for each id; what is tested with it reads ids, not text."""
     hf = architectures.build(name)
     words = Tokenizer(WordLevel({str(i): i for i in range(architectures.VOCABULARY)}, unk_token="0"))
-    return Model(name, hf, PreTrainedTokenizerFast(tokenizer_object=words), read_geometry(hf, "0" * 64), PLAIN)
+    return Model(
+        name, hf, PreTrainedTokenizerFast(tokenizer_object=words), read_geometry(hf, "0" * 64), PLAIN
+    )
 
 
 def tokens_of(rows: list[list[int]]) -> Tokens:

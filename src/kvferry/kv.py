@@ -56,8 +56,8 @@ class Spans:
     def widen(self, width: int) -> "Spans":
         """Padding in front, up to `width` tokens."""
         zeros = np.zeros(width - len(self), np.int32)
-        numbers = (np.concatenate([zeros, part]) for part in (self.part, self.start, self.end))
-        return Spans(*numbers, np.concatenate([np.full(len(zeros), Role.PAD, np.uint8), self.role]))
+        part, start, end = (np.concatenate([zeros, numbers]) for numbers in (self.part, self.start, self.end))
+        return Spans(part, start, end, np.concatenate([np.full(len(zeros), Role.PAD, np.uint8), self.role]))
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ class KV:
         where = index.cpu().numpy()
         return replace(
             self,
-            groups=tuple(Group(g.layers, g.keys[..., index, :], g.values[..., index, :]) for g in self.groups),
+            groups=tuple(
+                Group(g.layers, g.keys[..., index, :], g.values[..., index, :]) for g in self.groups
+            ),
             present=self.present[..., index],
             positions=self.positions[..., index],
             spans=tuple(spans.take(where) for spans in self.spans),
@@ -199,7 +201,10 @@ class KV:
                 if bool(bad.any()):
                     row, batch, head, token = (int(i) for i in bad.nonzero()[0])
                     where = f"layer {group.layers[row]}, head {head}, token {token} of sequence {batch}"
-                    raise NotFinite(f"{what} at {where} is NaN or infinite", cure="Check the model's dtype: fp16 overflows")
+                    raise NotFinite(
+                        f"{what} at {where} is NaN or infinite",
+                        cure="Check the model's dtype: fp16 overflows",
+                    )
 
 
 def stack(caches: Sequence[KV]) -> KV:
@@ -236,7 +241,9 @@ def _widen(tensor: Tensor, width: int, axis: int) -> Tensor:
 def _check_layers(kv: KV) -> None:
     held = [layer for group in kv.groups for layer in group.layers]
     if sorted(held) != list(range(kv.geometry.n_layers)):
-        raise ShapeMismatch(f"groups hold layers {held}", cure=f"Hold each of {kv.geometry.n_layers} layers once")
+        raise ShapeMismatch(
+            f"groups hold layers {held}", cure=f"Hold each of {kv.geometry.n_layers} layers once"
+        )
     for group in kv.groups:
         for row, index in enumerate(group.layers):
             layer = kv.geometry.layers[index]
@@ -244,7 +251,9 @@ def _check_layers(kv: KV) -> None:
             body = (kv.n_batch, layer.heads, kv.n_tokens)
             if key_shape != (*body, layer.key_dim) or value_shape != (*body, layer.value_dim):
                 want = f"{(*body, layer.key_dim)} and {(*body, layer.value_dim)}"
-                raise ShapeMismatch(f"layer {index} holds {key_shape} and {value_shape}", cure=f"The geometry asks for {want}")
+                raise ShapeMismatch(
+                    f"layer {index} holds {key_shape} and {value_shape}", cure=f"The geometry asks for {want}"
+                )
 
 
 def _check_tokens(kv: KV) -> None:

@@ -9,7 +9,7 @@ import ast
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -83,7 +83,7 @@ class Table(Generic[M]):
         except ValidationError as error:
             raise _bad_value(self.kind, name, error) from None
 
-    def _plugins(self):
+    def _plugins(self) -> EntryPoints:
         return entry_points(group=f"kvferry.{self.kind}")
 
 
@@ -102,7 +102,9 @@ def read_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         named = {str(word.arg): _read(word.value) for word in node.keywords}
         return node.func.id, [_read(value) for value in node.args], named
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise BadSpec(f"cannot read the spec {text[:80]!r}", cure="Write it as name(option=value, ...)") from None
+        raise BadSpec(
+            f"cannot read the spec {text[:80]!r}", cure="Write it as name(option=value, ...)"
+        ) from None
 
 
 def _read(node: ast.expr) -> Any:

@@ -30,10 +30,15 @@ class Contract:
 
     def require_sender(self, model: str, tokenizer: str) -> None:
         """Raise `ForeignModel` unless hex fingerprints (prefixes allowed) are those of the sender fitted for."""
-        for what, got, want in (("model", model, self.sender.model), ("tokenizer", tokenizer, self.sender.tokenizer)):
+        for what, got, want in (
+            ("model", model, self.sender.model),
+            ("tokenizer", tokenizer, self.sender.tokenizer),
+        ):
             if not want.startswith(got):
                 cure = "Fit an aligner for this pair: kvferry fit --sender ... --receiver ..."
-                raise ForeignModel(f"{what} {got[:16]} sent, the aligner was fitted for {want[:16]}", cure=cure)
+                raise ForeignModel(
+                    f"{what} {got[:16]} sent, the aligner was fitted for {want[:16]}", cure=cure
+                )
 
 
 def covers(coded_with: tuple[str, ...], spec: str) -> bool:
@@ -63,6 +68,10 @@ class Aligner(nn.Module, ABC):
     def __init__(self, contract: Contract) -> None:
         super().__init__()
         self.contract = contract
+
+    def options(self) -> dict[str, Any]:
+        """What the constructor takes beside the contract, as JSON."""
+        return {}
 
     def require_codec(self, spec: str) -> None:
         """Raise `CodecNotCovered` unless the map was fitted under this codec."""

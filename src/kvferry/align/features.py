@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from kvferry.kv import KV, Geometry, Group
 
@@ -11,6 +12,12 @@ def flatten(kv: KV) -> Float[Tensor, "batch tokens features"]:
     """Keys, then values, of all layers and heads of each token, fp32. Order: group, K|V, layer, head, channel."""
     parts = [part for group in kv.groups for part in (group.keys, group.values)]
     return torch.cat([part.float().permute(1, 3, 0, 2, 4).flatten(2) for part in parts], -1)
+
+
+def with_neighbours(kv: KV, n: int) -> Float[Tensor, "batch tokens wide"]:
+    """`flatten` of each token, of the one before, ... of the `n - 1`-th before; zero where there is none."""
+    features = flatten(kv) * kv.present.all(0).unsqueeze(-1)
+    return torch.cat([functional.pad(features, (0, 0, back, 0))[:, : kv.n_tokens] for back in range(n)], -1)
 
 
 def unflatten(features: Float[Tensor, "batch tokens features"], geometry: Geometry) -> tuple[Group, ...]:

@@ -25,7 +25,8 @@ def save_aligner(aligner: Aligner, folder: Path, card: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fit-") as beside:
         whole = Path(beside) / folder.name
         whole.mkdir()
-        config = {"name": aligner.name, "contract": to_json(aligner.contract)}
+        contract = to_json(aligner.contract)
+        config = {"name": aligner.name, "options": aligner.options(), "contract": contract}
         (whole / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         save_model(aligner, str(whole / "model.safetensors"))
         (whole / "README.md").write_text(card, encoding="utf-8")
@@ -39,7 +40,7 @@ def load_aligner(where: str | Path) -> Aligner:
     folder = _folder(where)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        aligner = aligner_class(config["name"])(from_json(config["contract"]))
+        aligner = aligner_class(config["name"])(from_json(config["contract"]), **config["options"])
         load_model(aligner, str(folder / "model.safetensors"))
         return aligner.eval()
     except UnknownName:

@@ -5,30 +5,35 @@ rotation, and may be trained further on the receiver's answers (`kvferry.train`)
 """
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvferry.align.contract import Aligner, Contract
-from kvferry.align.features import flatten, unflatten
+from kvferry.align.features import unflatten, with_neighbours
 from kvferry.kv import KV
 
 
 class Linear(Aligner):
-    """`receiver = sender @ weight + bias`, token by token.
+    """`receiver = sender @ weight + bias`, where a sender token comes with the `neighbours - 1` tokens before it.
 
-    Solved in closed form by `ridge.solve`, or started there and trained.
+    Solved in closed form by `ridge.solve`, or started there and trained. Neighbours help where the receiver's layers
+    look back further than the sender's; one is the plain map, token by token.
     """
 
     name: ClassVar[str] = "linear"
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, neighbours: int = 1) -> None:
         super().__init__(contract)
-        n_in, n_out = contract.sender.floats_per_token, contract.receiver.floats_per_token
+        self.neighbours = neighbours
+        n_in, n_out = neighbours * contract.sender.floats_per_token, contract.receiver.floats_per_token
         self.weight = nn.Parameter(torch.zeros(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def options(self) -> dict[str, Any]:
+        return {"neighbours": self.neighbours}
 
     def forward(self, kv: KV) -> KV:
         return affine(kv, self.weight, self.bias, self.contract)
@@ -39,7 +44,8 @@ def affine(
 ) -> KV:
     """Apply an affine map to a content-space cache. A token that some sender layer lacks is lost for every layer."""
     kv.require_space("content")
-    mapped = torch.nn.functional.linear(flatten(kv), weight.T, bias)
+    n_neighbours = len(weight) // contract.sender.floats_per_token
+    mapped = torch.nn.functional.linear(with_neighbours(kv, n_neighbours), weight.T, bias)
     present = kv.present.all(0).expand(contract.receiver.n_layers, -1, -1)
     groups = unflatten(mapped, contract.receiver)
     return replace(kv, geometry=contract.receiver, groups=groups, present=present)

@@ -55,12 +55,16 @@ class Standard:
 def standardise(sums: Sums) -> Standard:
     """Correlations from sums. Constant channels get deviation one, so that nothing divides by zero."""
     if sums.n < 2:
-        raise UsageError(f"{sums.n} token pairs", cure="Fit on texts that both models can read, of several tokens each")
+        raise UsageError(
+            f"{sums.n} token pairs", cure="Fit on texts that both models can read, of several tokens each"
+        )
     x_mean, y_mean = sums.x / sums.n, sums.y / sums.n
     xx = sums.xx / sums.n - torch.outer(x_mean, x_mean)
     xy = sums.xy / sums.n - torch.outer(x_mean, y_mean)
     x_std, y_std = _deviation(xx.diagonal()), _deviation(sums.yy / sums.n - y_mean**2)
-    return Standard(x_mean, x_std, y_mean, y_std, xx / torch.outer(x_std, x_std), xy / torch.outer(x_std, y_std))
+    return Standard(
+        x_mean, x_std, y_mean, y_std, xx / torch.outer(x_std, x_std), xy / torch.outer(x_std, y_std)
+    )
 
 
 def solve(sums: Sums, penalty: float) -> tuple[Float[Tensor, "features out"], Float[Tensor, " out"]]:

@@ -24,6 +24,10 @@ def overlap(sender: Spans, receiver: Spans) -> NDArray[np.float32]:
     return np.divide(common, total, out=np.zeros_like(common), where=total > 0)
 
 
-def overlaps(sender: tuple[Spans, ...], receiver: tuple[Spans, ...]) -> Float[Tensor, "batch sender receiver"]:
+def overlaps(
+    sender: tuple[Spans, ...], receiver: tuple[Spans, ...]
+) -> Float[Tensor, "batch sender receiver"]:
     """`overlap` for a padded batch."""
-    return torch.stack([torch.from_numpy(overlap(one, two)) for one, two in zip(sender, receiver, strict=True)])
+    return torch.stack(
+        [torch.from_numpy(overlap(one, two)) for one, two in zip(sender, receiver, strict=True)]
+    )

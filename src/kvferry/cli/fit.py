@@ -18,15 +18,22 @@ def fit(
     sender: SenderOption = SENDER,
     receiver: ReceiverOption = RECEIVER,
     codecs: Annotated[
-        str | None, typer.Option(help="Specs separated by ';' that the map must bear. Default: raw, int8, int4.")
+        str | None,
+        typer.Option(help="Specs separated by ';' that the map must bear. Default: raw, int8, int4."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Text, or JSON lines of context, question, answer. Default: the zoo's worlds.")
+        Path | None,
+        typer.Option(help="Text, or JSON lines of context, question, answer. Default: the zoo's worlds."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps after the closed form; 0 for the ridge alone.")] = 2000,
+    steps: Annotated[
+        int, typer.Option(help="Training steps after the closed form; 0 for the ridge alone.")
+    ] = 2700,
     texts: Annotated[int, typer.Option(help="Texts for the closed form.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Contexts per training step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, in whitened coordinates.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, in whitened coordinates.")] = 1e-3,
+    neighbours: Annotated[
+        int, typer.Option(help="Sender tokens the map sees for each token: itself and those before.")
+    ] = 4,
     seed: Annotated[int, typer.Option(help="Decides which examples are drawn.")] = 0,
     json: JsonFlag = False,
 ) -> None:
@@ -39,11 +46,13 @@ def fit(
     from kvferry.train.fit import fit as fit_pair
 
     chosen = tuple(part.strip() for part in codecs.split(";")) if codecs else DEFAULT_CODECS
-    recipe = Recipe(chosen, texts, steps, batch_size, learning_rate, seed)
+    recipe = Recipe(chosen, texts, steps, batch_size, learning_rate, neighbours, seed)
     source, target = load(sender), load(receiver)
     with _Progress(recipe) as on_step:
         fitted = fit_pair(source, target, source_of(data, target.prompt), recipe, on_step=on_step)
-    save_aligner(fitted.aligner, out, card(fitted, sender, receiver, _command(sender, receiver, data, recipe)))
+    save_aligner(
+        fitted.aligner, out, card(fitted, sender, receiver, _command(sender, receiver, data, recipe))
+    )
     _show(fitted, out, json)
 
 
@@ -76,7 +85,9 @@ def _command(sender: str, receiver: str, data: Path | None, recipe: "Recipe") ->
     words = [f"kvferry fit --sender {sender} --receiver {receiver} --codecs '{'; '.join(recipe.codecs)}'"]
     words += [f"--data {data.name}"] if data else []
     words += [f"--steps {recipe.steps} --texts {recipe.n_texts} --batch-size {recipe.batch_size}"]
-    words += [f"--learning-rate {recipe.learning_rate:g} --seed {recipe.seed} --out DIR"]
+    words += [
+        f"--learning-rate {recipe.learning_rate:g} --neighbours {recipe.neighbours} --seed {recipe.seed} --out DIR"
+    ]
     return " ".join(words)
 
 

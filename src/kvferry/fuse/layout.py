@@ -49,9 +49,13 @@ def relay_layout(kv: KV, n_head: int, stride: float = 1.0) -> Layout:
     4
     """
     if not 0 < stride < float("inf"):
-        raise UsageError(f"stride is {stride}", cure="Give receiver tokens per sender token, a positive number")
+        raise UsageError(
+            f"stride is {stride}", cure="Give receiver tokens per sender token, a positive number"
+        )
     used = kv.present.any(0)
     index = kv.positions[0].double() * used
     positions = n_head + (index * stride).floor().long()
-    length = ((index + used) * stride).ceil().long().amax(-1) if kv.n_tokens else torch.zeros(kv.n_batch).long()
+    length = (
+        ((index + used) * stride).ceil().long().amax(-1) if kv.n_tokens else torch.zeros(kv.n_batch).long()
+    )
     return Layout(positions, n_head + length)

@@ -81,7 +81,9 @@ def _check_length(model: Model, n_tokens: int) -> None:
     limit = model.geometry.max_positions
     if limit is not None and n_tokens > limit:
         cure = "Shorten the context, or choose a model with more positions"
-        raise ContextTooLong(f"the context has {n_tokens} tokens, {model.name} has {limit} positions", cure=cure)
+        raise ContextTooLong(
+            f"the context has {n_tokens} tokens, {model.name} has {limit} positions", cure=cure
+        )
 
 
 @torch.no_grad()

@@ -77,7 +77,9 @@ def generate(
     return answers
 
 
-def pick(logits: Float[Tensor, "batch vocab"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " batch"]:
+def pick(
+    logits: Float[Tensor, "batch vocab"], sampling: Sampling, generator: torch.Generator
+) -> Int[Tensor, " batch"]:
     """The next token of each row."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -104,7 +106,7 @@ def _take(answer: Answer, writer: "_Writer", number: int, model: Model) -> None:
         return
     answer.ids.append(number)
     text = model.tokenizer.decode(answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    answer.text, stopped = writer.write(text)
+    answer.text, stopped = writer.write(str(text))
     answer.ended_by = "stop string" if stopped else ""
 
 

@@ -77,7 +77,9 @@ class Model:
         return encode(self.tokenizer, texts, Role.TEMPLATE)
 
 
-def load(name: str, *, dtype: DTypeName = "auto", device: str = "auto", prompt: Prompt | None = None) -> Model:
+def load(
+    name: str, *, dtype: DTypeName = "auto", device: str = "auto", prompt: Prompt | None = None
+) -> Model:
     """Load a zoo member (`"llama"`), a local folder or a hub id (`"Qwen/Qwen3-0.6B"`).
 
     Raises `UnknownName` for a name that is none of them, `ModelRefused` for a model kvferry cannot carry.
@@ -90,7 +92,8 @@ def load(name: str, *, dtype: DTypeName = "auto", device: str = "auto", prompt: 
     except (OSError, ValueError) as error:
         cure = "Give a Hugging Face folder or hub id of a decoder-only model"
         raise FolderError(f"cannot load {name!r}: {_first_line(error)}", cure=cure) from error
-    return wrap(hf.to(_device(device)), tokenizer, name=name, prompt=prompt)
+    hf.to(_device(device))  # type: ignore[arg-type]
+    return wrap(hf, tokenizer, name=name, prompt=prompt)
 
 
 def wrap(
@@ -99,7 +102,7 @@ def wrap(
     """Make a `Model` of a transformers model and tokenizer that are loaded already."""
     hf.eval()
     geometry = read_geometry(hf, tokenizer_fingerprint(tokenizer))
-    return Model(name or hf.config.name_or_path, hf, tokenizer, geometry, prompt or prompt_of(tokenizer))
+    return Model(name or str(hf.config.name_or_path), hf, tokenizer, geometry, prompt or prompt_of(tokenizer))
 
 
 def _locate(name: str) -> str:

@@ -85,9 +85,13 @@ def inject(
     model = state.model
     if kv.geometry.model != model.geometry.model:
         cure = "Align it to this model first"
-        raise ForeignModel(f"a cache of model {kv.geometry.model[:16]} for {model.geometry.model[:16]}", cure=cure)
+        raise ForeignModel(
+            f"a cache of model {kv.geometry.model[:16]} for {model.geometry.model[:16]}", cure=cure
+        )
     if kv.space == "rotated" and not bool((kv.positions[0] == positions)[kv.present.any(0)].all()):
-        raise ShapeMismatch("rotated keys at other positions", cure="Inject at kv.positions, or capture content keys")
+        raise ShapeMismatch(
+            "rotated keys at other positions", cure="Inject at kv.positions, or capture content keys"
+        )
     positions, present = positions.to(model.device), kv.present.to(model.device)
     call_length = max(state.call_length, kv.call_length if kv.space == "rotated" else 0)
     for index, layer in enumerate(model.geometry.layers):
@@ -112,9 +116,13 @@ def generate_inputs(state: State, tokens: Tokens) -> dict[str, Tensor | DynamicC
     holes = not bool(state.valid.all())
     if not state.same_everywhere or (windows and holes):
         cure = "Use kvferry.generate, which masks slots by layer and position"
-        raise UsageError("transformers cannot mask a cache with holes per layer or under a sliding window", cure=cure)
+        raise UsageError(
+            "transformers cannot mask a cache with holes per layer or under a sliding window", cure=cure
+        )
     mask = torch.cat([state.valid[0], tokens.mask.to(state.model.device)], -1)
-    positions = (state.next_position.unsqueeze(-1) + tokens.mask.to(state.model.device).cumsum(-1) - 1).clamp(min=0)
+    positions = (state.next_position.unsqueeze(-1) + tokens.mask.to(state.model.device).cumsum(-1) - 1).clamp(
+        min=0
+    )
     return {
         "input_ids": tokens.ids.to(state.model.device),
         "past_key_values": state.cache,
@@ -136,12 +144,18 @@ def _forward(state: State, ids: Tensor, positions: Tensor, keep: int) -> Float[T
     with model.exclusive, controlled(model.hf, current):
         reset_call_state(model.hf)
         output = model.hf(
-            input_ids=ids, position_ids=positions, past_key_values=state.cache, use_cache=True, logits_to_keep=keep
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=keep,
         )
     return output.logits
 
 
-def _append_slots(state: State, valid: Bool[Tensor, "layers batch new"], positions: Int[Tensor, "batch new"]) -> None:
+def _append_slots(
+    state: State, valid: Bool[Tensor, "layers batch new"], positions: Int[Tensor, "batch new"]
+) -> None:
     state.valid = torch.cat([state.valid, valid], -1)
     state.positions = torch.cat([state.positions, positions], -1)
 

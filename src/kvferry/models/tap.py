@@ -58,7 +58,9 @@ class Pass:
         return seen & (query - key < spec.window)
 
 
-def _additive(visible: Bool[Tensor, "batch new slots"], dtype: torch.dtype) -> Float[Tensor, "batch 1 new slots"]:
+def _additive(
+    visible: Bool[Tensor, "batch new slots"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 new slots"]:
     # The lowest finite number, not -inf: a padding query sees nothing, and must not become NaN.
     zero = torch.zeros((), dtype=dtype, device=visible.device)
     return torch.where(visible, zero, torch.finfo(dtype).min).unsqueeze(1)
@@ -68,7 +70,12 @@ _running: ContextVar[Pass | None] = ContextVar("kvferry_pass", default=None)
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention signature; `attention_mask` is None because no mask is made (see `_no_mask`)."""
     current = _running.get()

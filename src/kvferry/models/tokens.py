@@ -92,7 +92,11 @@ def plain_spans(n_tokens: int, role: Role) -> Spans:
 
 
 def _row(
-    tokenizer: PreTrainedTokenizerFast, text: str, role: Role, ids: list[int], offsets: Sequence[tuple[int, int]]
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    role: Role,
+    ids: list[int],
+    offsets: Sequence[tuple[int, int]],
 ) -> Row:
     if _starts_with_dummy_space(tokenizer, text, ids):
         ids, offsets = ids[1:], offsets[1:]
@@ -105,9 +109,7 @@ def _starts_with_dummy_space(tokenizer: PreTrainedTokenizerFast, text: str, ids:
     return bool(ids) and not text.startswith((" ", "▁")) and tokenizer.convert_ids_to_tokens(ids[0]) == "▁"
 
 
-def byte_ranges(
-    text: str, offsets: Sequence[tuple[int, int]]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def byte_ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Character offsets to UTF-8 byte ranges that tile what the tokens cover.
 
     Tokens may share a character (byte-level pieces of an emoji, say) and then report overlapping offsets; its bytes are

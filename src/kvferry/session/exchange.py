@@ -125,14 +125,18 @@ def _refusal(error: KvferryError) -> Message:
 
 def _read_request(message: Message) -> tuple[list[str], int]:
     if message.frame.kind != MessageKind.REQUEST:
-        raise ContractError(f"a {message.frame.kind.name} came instead of REQUEST", cure="Announce messages by a REQUEST")
+        raise ContractError(
+            f"a {message.frame.kind.name} came instead of REQUEST", cure="Announce messages by a REQUEST"
+        )
     content = read_json(message.frame)
     questions, n_new = content.get("questions"), content.get("max_new_tokens")
     if not isinstance(questions, list) or not all(isinstance(question, str) for question in questions):
         raise Malformed("REQUEST without a list of questions", cure="Send what Remote.ask sends")
     if not 1 <= len(questions) <= MAX_MESSAGES:
         cure = f"Ask 1 to {MAX_MESSAGES} at once"
-        raise LimitExceeded(f"{len(questions)} questions in one request, the limit is {MAX_MESSAGES}", cure=cure)
+        raise LimitExceeded(
+            f"{len(questions)} questions in one request, the limit is {MAX_MESSAGES}", cure=cure
+        )
     if not isinstance(n_new, int) or not 1 <= n_new <= MAX_NEW_TOKENS:
         cure = f"Ask for 1 to {MAX_NEW_TOKENS}"
         raise LimitExceeded(f"max_new_tokens is {n_new!r}, the limit is {MAX_NEW_TOKENS}", cure=cure)
@@ -145,7 +149,9 @@ async def _expect(channel: Channel, kind: MessageKind, label: str) -> Frame:
         content = read_json(frame)
         raise PeerRefused(f"{content.get('error')}: {content.get('what')}", cure=str(content.get("cure")))
     if frame.kind != kind:
-        raise ContractError(f"{frame.kind.name} came where {kind.name} belongs", cure="Use kvferry on both sides")
+        raise ContractError(
+            f"{frame.kind.name} came where {kind.name} belongs", cure="Use kvferry on both sides"
+        )
     return frame
 
 
@@ -158,6 +164,10 @@ def _read_replies(frame: Frame, n: int) -> list[Reply]:
 
 def _read_reply(row: Any) -> Reply:
     try:
-        return Reply(str(row["text"]), str(row["ended_by"]), {k: float(v) for k, v in row["stages_ms"].items()})
+        return Reply(
+            str(row["text"]), str(row["ended_by"]), {k: float(v) for k, v in row["stages_ms"].items()}
+        )
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise Malformed("a reply without text, ended_by or stages_ms", cure="Use kvferry on both sides") from None
+        raise Malformed(
+            "a reply without text, ended_by or stages_ms", cure="Use kvferry on both sides"
+        ) from None

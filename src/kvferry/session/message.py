@@ -80,7 +80,11 @@ def _decompress(packed: bytes, limits: Limits) -> str:
         n_bytes = zstandard.frame_content_size(packed)
         if not 0 <= n_bytes <= limits.max_bytes:
             cure = "Send less text or raise Limits.max_bytes"
-            raise LimitExceeded(f"the text unpacks to {n_bytes} bytes, the limit is {limits.max_bytes}", cure=cure)
+            raise LimitExceeded(
+                f"the text unpacks to {n_bytes} bytes, the limit is {limits.max_bytes}", cure=cure
+            )
         return zstandard.ZstdDecompressor().decompress(packed, max_output_size=n_bytes).decode()
     except (zstandard.ZstdError, UnicodeDecodeError) as error:
-        raise Malformed(f"the packed text cannot be read: {error}", cure="Send one zstd frame of UTF-8") from None
+        raise Malformed(
+            f"the packed text cannot be read: {error}", cure="Send one zstd frame of UTF-8"
+        ) from None

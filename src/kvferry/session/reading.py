@@ -32,7 +32,9 @@ def answer_texts(
 def question_tokens(model: Model, contexts: Sequence[object], questions: Sequence[str]) -> Tokens:
     """The questions with what stands around them; without a context, no separator from it."""
     asked = [model.prompt.question(question) for question in questions]
-    return model.questions([text if context else text.lstrip("\n") for context, text in zip(contexts, asked, strict=True)])
+    return model.questions(
+        [text if context else text.lstrip("\n") for context, text in zip(contexts, asked, strict=True)]
+    )
 
 
 def finish(

@@ -36,7 +36,9 @@ class Receiver:
         self.contract = self.aligner.contract
         if self.contract.receiver.model != self.model.geometry.model:
             cure = "Load the receiver that the aligner's card names, or fit one for this model"
-            raise ForeignModel(f"the aligner was fitted for another receiver than {self.model.name}", cure=cure)
+            raise ForeignModel(
+                f"the aligner was fitted for another receiver than {self.model.name}", cure=cure
+            )
 
     def answer(
         self, message: Message, question: str, *, max_new_tokens: int = 32, on_text: OnText | None = None
@@ -94,7 +96,9 @@ class Receiver:
 
     def _decode(self, frame: Frame) -> KV:
         if frame.kind != MessageKind.KV:
-            raise ContractError(f"a {frame.kind.name} message, a cache or text is needed", cure="Send what Sender.read made")
+            raise ContractError(
+                f"a {frame.kind.name} message, a cache or text is needed", cure="Send what Sender.read made"
+            )
         self.contract.require_sender(f"{frame.model_hash:016x}", f"{frame.tokenizer_hash:016x}")
         _require_grid(frame.grid.name.lower(), self.contract)
         self.aligner.require_codec(repr(codec_of(frame)))
@@ -107,7 +111,9 @@ class Receiver:
         head = self.model.heads(kv.n_batch)
         layout = relay_layout(kv, head.ids.shape[1], self.contract.stride)
         asked = question_tokens(self.model, kv.spans, questions)
-        state = empty(self.model, kv.n_batch, call_length=int(layout.next_position.max()) + asked.ids.shape[1])
+        state = empty(
+            self.model, kv.n_batch, call_length=int(layout.next_position.max()) + asked.ids.shape[1]
+        )
         if head.ids.shape[1]:
             read(state, head)
         inject(state, kv, layout.positions, layout.next_position)
@@ -116,7 +122,10 @@ class Receiver:
 
 def _check_batch(messages: Sequence[Message], questions: Sequence[str]) -> None:
     if not messages or len(messages) != len(questions):
-        raise UsageError(f"{len(messages)} messages and {len(questions)} questions", cure="Give one question to each message")
+        raise UsageError(
+            f"{len(messages)} messages and {len(questions)} questions",
+            cure="Give one question to each message",
+        )
     if len({message.is_text for message in messages}) > 1:
         raise UsageError("text and cache messages in one batch", cure="Answer them in two calls")
 
@@ -125,7 +134,9 @@ def _read_hello(frame: Frame) -> dict[str, Any]:
     if frame.kind != MessageKind.HELLO:
         raise ContractError(f"the first message is {frame.kind.name}", cure="Begin with HELLO")
     content = read_json(frame)
-    missing = {"model", "tokenizer", "grid", "codec"} - {key for key in content if isinstance(content[key], str)}
+    missing = {"model", "tokenizer", "grid", "codec"} - {
+        key for key in content if isinstance(content[key], str)
+    }
     if missing:
         raise Malformed(f"HELLO without {', '.join(sorted(missing))}", cure="Send what Sender.hello() makes")
     return content
@@ -134,4 +145,6 @@ def _read_hello(frame: Frame) -> dict[str, Any]:
 def _require_grid(grid: str, contract: Contract) -> None:
     if grid != contract.grid:
         cure = "Send on the aligner's grid or fit one for yours"
-        raise GridMismatch(f"tokens come on the {grid} grid, the aligner reads the {contract.grid} grid", cure=cure)
+        raise GridMismatch(
+            f"tokens come on the {grid} grid, the aligner reads the {contract.grid} grid", cure=cure
+        )

@@ -47,7 +47,9 @@ def continuations(model: Model, examples: Sequence[Example]) -> Continuations:
     roles = [Role.TEXT if scored else Role.TEMPLATE for _, scored in pieces]
     rows = iter(encode_rows(model.tokenizer, [text for text, _ in pieces], roles))
     tokens = pad([join_rows(list(islice(rows, len(example.pieces)))) for example in examples])
-    return Continuations(tokens, torch.from_numpy(np.stack([spans.role == Role.TEXT for spans in tokens.spans])))
+    return Continuations(
+        tokens, torch.from_numpy(np.stack([spans.role == Role.TEXT for spans in tokens.spans]))
+    )
 
 
 def answer_scores(receiver: Model, kv: KV, after: Continuations, stride: float) -> Scores:
@@ -64,7 +66,9 @@ def answer_scores(receiver: Model, kv: KV, after: Continuations, stride: float) 
 
 
 def _score(
-    logits: Float[Tensor, "batch tokens vocab"], ids: Int[Tensor, "batch tokens"], scored: Bool[Tensor, "batch tokens"]
+    logits: Float[Tensor, "batch tokens vocab"],
+    ids: Int[Tensor, "batch tokens"],
+    scored: Bool[Tensor, "batch tokens"],
 ) -> Scores:
     nats = functional.cross_entropy(logits[scored].float(), ids[scored], reduction="sum")
     wrong = (logits.detach().argmax(-1) != ids) & scored

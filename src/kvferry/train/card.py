@@ -32,7 +32,10 @@ def card(fitted: Fitted, sender: str, receiver: str, command: str) -> str:
 
 def _rows(fitted: Fitted) -> list[str]:
     rows = [_row(before, after) for before, after in zip(fitted.ridge_scores, fitted.scores, strict=True)]
-    return [*rows, f"| control: {fitted.mean.codec} | | | {fitted.mean.loss:.3f} | {fitted.mean.accuracy:.3f} |"]
+    return [
+        *rows,
+        f"| control: {fitted.mean.codec} | | | {fitted.mean.loss:.3f} | {fitted.mean.accuracy:.3f} |",
+    ]
 
 
 def _row(before: CodecScore, after: CodecScore) -> str:

@@ -38,7 +38,8 @@ class Example:
 class Source(Protocol):
     """Endless seeded examples of a split; the same seed gives the same examples."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def examples(self, split: Split, seed: int) -> Iterator[Example]: ...
 
@@ -126,7 +127,9 @@ def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FolderError(f"cannot read {path}: {error}", cure="Give a UTF-8 text or JSON lines file") from error
+        raise FolderError(
+            f"cannot read {path}: {error}", cure="Give a UTF-8 text or JSON lines file"
+        ) from error
     return " ".join(text.split())
 
 
@@ -136,7 +139,9 @@ def _stretch(text: str, split: Split) -> str:
     part = text[int(cuts[0] * len(text)) : int(cuts[1] * len(text))]
     least = 4 * (PASSAGE_CHARS + CONTINUATION_CHARS)
     if len(part) < least:
-        raise UsageError(f"{len(part)} characters of text for {split}", cure=f"Give at least {10 * least} characters")
+        raise UsageError(
+            f"{len(part)} characters of text for {split}", cure=f"Give at least {10 * least} characters"
+        )
     return part
 
 

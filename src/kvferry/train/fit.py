@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvferry.align.contract import Aligner, Contract
@@ -48,15 +49,17 @@ class Recipe:
 
     codecs: tuple[str, ...] = DEFAULT_CODECS
     n_texts: int = 512
-    steps: int = 2000
+    steps: int = 2700
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+    neighbours: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.parsed()
-        if not self.codecs or self.n_texts < 1 or self.steps < 0 or self.batch_size < 1 or self.learning_rate <= 0:
-            cure = "Name codecs, texts >= 1, steps >= 0, batch size >= 1, learning rate > 0"
+        counts = (len(self.codecs), self.n_texts, self.steps + 1, self.batch_size, self.neighbours)
+        if min(counts) < 1 or self.learning_rate <= 0:
+            cure = "Name codecs, texts >= 1, steps >= 0, batch size >= 1, learning rate > 0, neighbours >= 1"
             raise UsageError(f"{self} is out of range", cure=cure)
 
     def parsed(self) -> list[Codec]:
@@ -124,7 +127,9 @@ def fit(
             _train(pair, aligner, pairs, codecs, on_step)
         scores = [score(pair, aligner, codec, test) for codec in codecs] if recipe.steps else ridge_scores
         mean = score_mean(pair, aligner, test)
-    return Fitted(aligner, recipe, source.name, penalty, time.perf_counter() - start, ridge_scores, scores, mean)
+    return Fitted(
+        aligner, recipe, source.name, penalty, time.perf_counter() - start, ridge_scores, scores, mean
+    )
 
 
 @contextmanager
@@ -140,7 +145,9 @@ def frozen(model: Model) -> Iterator[None]:
         for parameter in trainable:
             parameter.requires_grad_(True)
     if model_fingerprint(model.hf, model.geometry.layers) != before:
-        raise ModelRefused(f"the weights of {model.name} changed during the fit", cure="Fit on a model in eval mode")
+        raise ModelRefused(
+            f"the weights of {model.name} changed during the fit", cure="Fit on a model in eval mode"
+        )
 
 
 @torch.no_grad()
@@ -163,11 +170,15 @@ def mean_cache(kv: KV) -> KV:
     return kv.with_groups(unflatten(mean.expand_as(features), kv.geometry))
 
 
-def _score(pair: Pair, aligner: Aligner, name: str, examples: Sequence[Example], trip: Roundtrip) -> CodecScore:
+def _score(
+    pair: Pair, aligner: Aligner, name: str, examples: Sequence[Example], trip: Roundtrip
+) -> CodecScore:
     nats, n_tokens, n_pieces, n_right = 0.0, 0, 0, 0
     for batch in batches(examples, 32):
         aligned = aligner(trip(_sent(pair.sender, batch)))
-        got = answer_scores(pair.receiver, aligned, continuations(pair.receiver, batch), aligner.contract.stride)
+        got = answer_scores(
+            pair.receiver, aligned, continuations(pair.receiver, batch), aligner.contract.stride
+        )
         nats, n_tokens = nats + float(got.nats), n_tokens + got.n_tokens
         n_pieces, n_right = n_pieces + got.n_pieces, n_right + got.n_right
     return CodecScore(name, nats / n_tokens, n_right / n_pieces)
@@ -180,7 +191,7 @@ def _sent(sender: Model, examples: Sequence[Example]) -> KV:
 def _collect(pair: Pair, codecs: Sequence[Codec]) -> Pairs:
     texts = [example.context for example in pair.take("train", pair.recipe.n_texts)]
     trips: list[Roundtrip] = [partial(roundtrip, codec) for codec in codecs]
-    return collect(pair.sender, pair.receiver, texts, trips)
+    return collect(pair.sender, pair.receiver, texts, trips, neighbours=pair.recipe.neighbours)
 
 
 def _ridge(pair: Pair, contract: Contract, pairs: Pairs, codecs: Sequence[Codec]) -> tuple[Linear, float]:
@@ -188,7 +199,7 @@ def _ridge(pair: Pair, contract: Contract, pairs: Pairs, codecs: Sequence[Codec]
     dev = pair.take("dev", N_HELD_OUT // 2)
     found: list[tuple[float, float, Linear]] = []
     for penalty in PENALTIES:
-        aligner = Linear(contract)
+        aligner = Linear(contract, pair.recipe.neighbours)
         _set(aligner, *solve(pairs.sums, penalty))
         losses = [score(pair, aligner, codec, dev).loss for codec in codecs]
         found.append((sum(losses), penalty, aligner))
@@ -196,33 +207,42 @@ def _ridge(pair: Pair, contract: Contract, pairs: Pairs, codecs: Sequence[Codec]
     return aligner, penalty
 
 
-def _train(pair: Pair, aligner: Linear, pairs: Pairs, codecs: Sequence[Codec], on_step: OnStep | None) -> None:
-    recipe, contract = pair.recipe, aligner.contract
-    device = pair.receiver.device
-    whitened = Whitened(pairs.sums, aligner.weight.detach().cpu(), aligner.bias.detach().cpu()).to(device)
-    optimizer = torch.optim.Adam(whitened.parameters(), recipe.learning_rate)
-    examples = pair.source.examples("train", recipe.seed + 1)
-    for step in range(recipe.steps):
-        batch = list(islice(examples, recipe.batch_size))
-        sent = roundtrip(codecs[step % len(codecs)], _sent(pair.sender, batch))
-        aligned = affine(sent, *whitened(), contract)
-        loss = answer_scores(pair.receiver, aligned, continuations(pair.receiver, batch), contract.stride).loss
+def _train(
+    pair: Pair, aligner: Linear, pairs: Pairs, codecs: Sequence[Codec], on_step: OnStep | None
+) -> None:
+    whitened = Whitened(pairs.sums, aligner.weight.detach().cpu(), aligner.bias.detach().cpu())
+    whitened = whitened.to(pair.receiver.device)
+    optimizer = torch.optim.Adam(whitened.parameters(), pair.recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, n_steps=pair.recipe.steps))
+    examples = pair.source.examples("train", pair.recipe.seed + 1)
+    for step in range(pair.recipe.steps):
+        batch = list(islice(examples, pair.recipe.batch_size))
+        loss = _loss(pair, aligner.contract, whitened, codecs[step % len(codecs)], batch)
         if not bool(loss.isfinite()):
             cure = "Lower the learning rate, or look for NaN in the models"
             raise UsageError(f"the loss is {loss.item()} at step {step}", cure=cure)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(whitened.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         if on_step is not None:
             on_step(step, loss.item())
-    _set(aligner, *whitened())
+    weight, bias = whitened()
+    _set(aligner, weight, bias)
 
 
-def _schedule(step: int, n_steps: int) -> float:
-    """A short warm-up, then a cosine down to a hundredth."""
+def _loss(
+    pair: Pair, contract: Contract, whitened: Whitened, codec: Codec, batch: Sequence[Example]
+) -> Float[Tensor, ""]:
+    """The receiver's answer loss through one codec; differentiable in the map only."""
+    weight, bias = whitened()
+    aligned = affine(roundtrip(codec, _sent(pair.sender, batch)), weight, bias, contract)
+    return answer_scores(pair.receiver, aligned, continuations(pair.receiver, batch), contract.stride).loss
+
+
+def _rate(step: int, n_steps: int) -> float:
+    """Share of the peak learning rate: a short warm-up, then a cosine down to a hundredth."""
     warm = min(1.0, (step + 1) / 50)
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / n_steps)))
 

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvferry.align.features import flatten
+from kvferry.align.features import flatten, with_neighbours
 from kvferry.align.ridge import Sums
 from kvferry.align.spans import overlaps
 from kvferry.errors import UsageError
@@ -16,7 +15,6 @@ from kvferry.fuse.layout import text_slots
 from kvferry.kv import KV, Roundtrip
 from kvferry.models.capture import capture
 from kvferry.models.load import Model
-
 
 T = TypeVar("T")
 
@@ -49,7 +47,13 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def collect(
-    sender: Model, receiver: Model, texts: Sequence[str], roundtrips: Sequence[Roundtrip], *, batch_size: int = 32
+    sender: Model,
+    receiver: Model,
+    texts: Sequence[str],
+    roundtrips: Sequence[Roundtrip],
+    *,
+    neighbours: int = 1,
+    batch_size: int = 32,
 ) -> Pairs:
     """Token pairs of all texts, the sender's side as each codec delivers it.
 
@@ -57,17 +61,19 @@ def collect(
     """
     total: Pairs | None = None
     for batch in batches(texts, batch_size):
-        part = _collect_batch(sender, receiver, batch, roundtrips)
+        part = _collect_batch(sender, receiver, batch, roundtrips, neighbours)
         total = part if total is None else total + part
     if total is None or total.sums.n == 0:
         raise UsageError("no token pairs", cure="Fit on texts that both tokenizers can read")
     return total
 
 
-def _collect_batch(sender: Model, receiver: Model, texts: Sequence[str], roundtrips: Sequence[Roundtrip]) -> Pairs:
+def _collect_batch(
+    sender: Model, receiver: Model, texts: Sequence[str], roundtrips: Sequence[Roundtrip], neighbours: int
+) -> Pairs:
     sent, held = (text_slots(capture(model, texts).kv) for model in (sender, receiver))
     targets, paired = _targets(sent, held)
-    parts = [Sums.of(flatten(trip(sent))[paired], targets[paired]) for trip in roundtrips]
+    parts = [Sums.of(with_neighbours(trip(sent), neighbours)[paired], targets[paired]) for trip in roundtrips]
     sums = parts[0]
     for part in parts[1:]:
         sums = sums + part
@@ -79,5 +85,3 @@ def _targets(sent: KV, held: KV) -> tuple[Float[Tensor, "batch tokens out"], Ten
     weights = overlaps(sent.spans, held.spans).to(held.device)
     weights = weights * sent.present.all(0).unsqueeze(-1)
     return weights @ flatten(held), weights.sum(-1) > 0.5
-
-

@@ -15,21 +15,32 @@ EPSILON = 1e-3
 
 
 class Whitened(nn.Module):
-    """`weight = basis @ inner * y_std` and `bias = y_mean + shift * y_std - x_mean @ weight`; `inner`, `shift` train."""
+    """Trains `inner` and `shift` of
+
+    weight = basis @ inner * y_std
+    bias = y_mean + shift * y_std - x_mean @ weight
+    """
 
     basis: Tensor
     x_mean: Tensor
     y_mean: Tensor
     y_std: Tensor
 
-    def __init__(self, sums: Sums, weight: Float[Tensor, "features out"], bias: Float[Tensor, " out"]) -> None:
+    def __init__(
+        self, sums: Sums, weight: Float[Tensor, "features out"], bias: Float[Tensor, " out"]
+    ) -> None:
         super().__init__()
         std = standardise(sums)
         values, vectors = torch.linalg.eigh(std.xx)
         scale = (values.clamp(min=0) + EPSILON).rsqrt()
         basis = vectors * scale / std.x_std.unsqueeze(-1)
         inverse = (vectors / scale).T * std.x_std
-        for name, value in (("basis", basis), ("x_mean", std.x_mean), ("y_mean", std.y_mean), ("y_std", std.y_std)):
+        for name, value in (
+            ("basis", basis),
+            ("x_mean", std.x_mean),
+            ("y_mean", std.y_mean),
+            ("y_std", std.y_std),
+        ):
             self.register_buffer(name, value.float())
         start = bias.double() + std.x_mean @ weight.double() - std.y_mean
         self.inner = nn.Parameter((inverse @ weight.double() / std.y_std).float())
