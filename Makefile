@@ -6,7 +6,7 @@ READY := .venv/.ready
 
 export OMP_NUM_THREADS ?= 1 # our models are small: threads cost more than they bring
 
-.PHONY: help demo test test-slow lint fmt docs clean
+.PHONY: help demo test test-slow lint fmt docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,5 +40,12 @@ fmt: $(READY) ## repair style and formatting
 docs: $(READY) ## build the documentation into site/; a warning is an error
 	$(BIN)/zensical build --strict --clean
 
+bench: $(READY) ## the demo for every shipped aligner: bench/PAIR.json and a report each
+	@mkdir -p bench
+	@for pair in $$($(BIN)/kvferry aligners --names); do \
+	  $(BIN)/kvferry demo --sender $${pair%-to-*} --receiver $${pair#*-to-} \
+	    --json bench/$$pair.json --report bench/$$pair || exit 1; \
+	done
+
 clean: ## remove what was built, the .venv too
-	rm -rf .venv site dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site bench dist .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """The aligners that come with the package, between members of the zoo."""
 
+import json
 from pathlib import Path
 
 from kvferry.errors import UnknownName
@@ -18,3 +19,9 @@ def aligner_path(sender: str, receiver: str) -> Path:
     if name not in names():
         raise UnknownName("shipped aligner", name, names())
     return _FOLDER / name
+
+
+def coded_with(name: str) -> list[str]:
+    """The codecs that a shipped aligner covers, from its folder."""
+    config = json.loads((_FOLDER / name / "config.json").read_text(encoding="utf-8"))
+    return config["contract"]["coded_with"]

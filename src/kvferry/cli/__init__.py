@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from kvferry import __version__
+from kvferry.cli.aligners import aligners
 from kvferry.cli.ask import ask
 from kvferry.cli.demo import demo
 from kvferry.cli.fit import fit
@@ -21,6 +22,7 @@ app.command()(serve)
 app.command()(send)
 app.command()(demo)
 app.command()(fit)
+app.command()(aligners)
 app.add_typer(zoo, name="zoo")
 
 

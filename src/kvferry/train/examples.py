@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from kvferry.errors import FolderError, UsageError
 from kvferry.models.prompt import Prompt
@@ -35,6 +35,7 @@ class Example:
     pieces: tuple[tuple[str, bool], ...]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Endless seeded examples of a split; the same seed gives the same examples."""
 
@@ -77,7 +78,7 @@ class TextFile:
     name: str = "text"
 
     def examples(self, split: Split, seed: int) -> Iterator[Example]:
-        text = _stretch(_read(self.path), split)
+        text = _stretch(" ".join(_read(self.path).split()), split)
         rng = random.Random(f"{split}{seed}")
         while True:
             start = text.find(" ", rng.randrange(len(text) - PASSAGE_CHARS - 2 * CONTINUATION_CHARS)) + 1
@@ -125,12 +126,11 @@ def _of_passage(context: str, continuation: str) -> Example:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FolderError(
             f"cannot read {path}: {error}", cure="Give a UTF-8 text or JSON lines file"
         ) from error
-    return " ".join(text.split())
 
 
 def _stretch(text: str, split: Split) -> str:
@@ -151,7 +151,7 @@ def _split_of_line(index: int) -> Split:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({key: str(row[key]) for key in ("context", "question", "answer")})
