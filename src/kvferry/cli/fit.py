@@ -27,10 +27,10 @@ def fit(
     ] = None,
     steps: Annotated[
         int, typer.Option(help="Training steps after the closed form; 0 for the ridge alone.")
-    ] = 2700,
+    ] = 3000,
     texts: Annotated[int, typer.Option(help="Texts for the closed form.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Contexts per training step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, in whitened coordinates.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, in whitened coordinates.")] = 7e-4,
     neighbours: Annotated[
         int, typer.Option(help="Sender tokens the map sees for each token: itself and those before.")
     ] = 4,

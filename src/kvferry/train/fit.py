@@ -49,9 +49,9 @@ class Recipe:
 
     codecs: tuple[str, ...] = DEFAULT_CODECS
     n_texts: int = 512
-    steps: int = 2700
+    steps: int = 3000
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
     neighbours: int = 4
     seed: int = 0
 
