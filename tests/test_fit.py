@@ -63,7 +63,13 @@ def test_a_fit_beats_its_control(fitted):
 
 def test_the_card_says_how_it_was_made(fitted):
     text = card(fitted, "llama", "qwen3", "kvferry fit ...")
-    for word in (*RECIPE.codecs, "control: mean cache", "kvferry fit ...", "penalty", "1.0000 receiver tokens"):
+    for word in (
+        *RECIPE.codecs,
+        "control: mean cache",
+        "kvferry fit ...",
+        "penalty",
+        "1.0000 receiver tokens",
+    ):
         assert word in text
 
 
@@ -120,7 +126,10 @@ def test_text_files_give_disjoint_passages(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(words)
     source = TextFile(path)
-    seen = {split: {e.context for e in islice(source.examples(split, 0), 20)} for split in ("train", "dev", "test")}
+    seen = {
+        split: {e.context for e in islice(source.examples(split, 0), 20)}
+        for split in ("train", "dev", "test")
+    }
     assert not seen["train"] & seen["test"]
     example = next(source.examples("train", 0))
     assert example.context + "".join(text for text, _ in example.pieces) in words
