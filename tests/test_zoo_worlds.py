@@ -31,6 +31,7 @@ def read(context: str, question: str) -> set[str]:
     facts = {f"Where is the {good}?": town for _, good, town in places}
     facts |= {f"{good}?": town for good, town in pairs}
     facts |= {f"Who has the {good}?": name for name, good, _ in places}
+    facts |= {f"Who has the {good}?": name for name, good in re.findall(r"(\w+) has (\w+)\.", context)}
     facts |= {f"Who was met by {one}?": two for one, two in met} | {
         f"Who met {two}?": one for one, two in met
     }

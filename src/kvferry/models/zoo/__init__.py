@@ -1,4 +1,4 @@
-"""Four tiny language models that ship with the package, and the worlds they were trained to read.
+"""Tiny language models that ship with the package, and the worlds they were trained to read.
 
 catalog     which models there are and where their folders lie
 worlds      the seeded generator of contexts, questions and answers

@@ -62,4 +62,18 @@ PAIR = Kind(
     sentences=("{good} in {town}.",),
     forms=(Form("{good}?", ("good",), "town"),),
 )
-KINDS = {"pair": PAIR, "place": PLACE, "met": MET, "count": COUNT, "two_hop": TWO_HOP, "needle": PLACE}
+OWNER = Kind(
+    columns={"good": GOODS, "name": NAMES},
+    distinct=("good",),
+    sentences=("{name} has {good}.",),
+    forms=(Form("Who has the {good}?", ("good",), "name"),),
+)
+KINDS = {
+    "pair": PAIR,
+    "owner": OWNER,
+    "place": PLACE,
+    "met": MET,
+    "count": COUNT,
+    "two_hop": TWO_HOP,
+    "needle": PLACE,
+}
