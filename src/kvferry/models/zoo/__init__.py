@@ -2,11 +2,12 @@
 
 catalog     which models there are and where their folders lie
 worlds      the seeded generator of contexts, questions and answers
-words       the word lists of the worlds
+kinds       the kinds of world, as data; `words` has their words, `draw` fills them in
 evaluate    exact-match scores of a model
 recipes     one frozen training recipe per model
 tokenizers  the three tokenizers
 batches     documents -> token batches with loss weights
+start       recipe -> untrained model
 train       recipe -> folder
 card        folder -> README.md
 """
