@@ -2,16 +2,20 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from kvferry.align.contract import Contract, covers, from_json, to_json
+import kvferry.align
+from kvferry.align import ALIGNERS
+from kvferry.align.contract import Aligner, Contract, covers, from_json, to_json
 from kvferry.align.features import flatten, unflatten, with_neighbours
-from kvferry.align.folder import load_aligner, save_aligner
+from kvferry.align.folder import aligner_class, load_aligner, save_aligner
 from kvferry.align.identity import Identity
 from kvferry.align.linear import Linear
 from kvferry.align.ridge import Sums, solve, standardise
+from kvferry.align.zero_pad import ZeroPad
 from kvferry.errors import CodecNotCovered, FolderError, ForeignModel, UnknownName, UsageError, WrongKeySpace
 from kvferry.models.capture import capture, capture_rotated
 from kvferry.train.whitened import Whitened
@@ -152,3 +156,54 @@ def test_contracts_refuse_what_was_not_fitted(contract):
         Linear(contract).require_codec("int(bits=4, group=32, axis=token)")
     Identity(contract).require_codec("int(bits=4, group=32, axis=token)")
     assert not covers(("int(bits=8, group=32, axis=token)",), "raw(dtype=float32)")
+
+
+def member(name: str, contract: Contract) -> Aligner:
+    """One of the table, between the models of the contract that it allows."""
+    if name == "identity":
+        contract = replace(contract, receiver=contract.sender)
+    aligner = aligner_class(name)(contract)
+    for parameter in aligner.parameters():
+        torch.nn.init.normal_(parameter)
+    return aligner
+
+
+@pytest.mark.parametrize("name", ALIGNERS)
+def test_every_aligner_keeps_the_contract(name, contract, tmp_path):
+    aligner = member(name, contract)
+    rows = random_rows(2, 7)
+    rows[1] = rows[1][:4]
+    batch = capture(model_of("llama"), tokens_of(rows)).kv
+    mapped = aligner(batch)
+    assert mapped.geometry == aligner.contract.receiver and mapped.space == "content"
+    assert mapped.spans == batch.spans and torch.equal(mapped.positions, batch.positions)
+    for row, alone in enumerate(batch.sequences()):
+        single = aligner(alone)
+        for got, want in zip(list(mapped.sequences())[row].groups, single.groups, strict=True):
+            assert torch.allclose(got.keys, want.keys, atol=1e-5)
+            assert torch.allclose(got.values, want.values, atol=1e-5)
+    save_aligner(aligner, tmp_path / name, card="")
+    again = load_aligner(tmp_path / name)
+    assert type(again) is type(aligner) and again.options() == aligner.options()
+    assert torch.equal(again(batch).layer(3)[0], mapped.layer(3)[0])
+    with pytest.raises(WrongKeySpace):
+        aligner(capture_rotated(model_of("llama"), tokens_of(rows)).kv)
+
+
+def test_every_aligner_on_disk_is_in_the_table():
+    folder = Path(kvferry.align.__file__).parent
+    named = {spec.partition(":")[0].rpartition(".")[2] for spec in ALIGNERS.values()}
+    written = {path.stem for path in folder.glob("*.py") if "(Aligner)" in path.read_text(encoding="utf-8")}
+    assert written == named
+
+
+@pytest.mark.parametrize("receiver", ["qwen3", "gemma3", "gpt_neox"])
+def test_zero_pad_keeps_what_fits_and_nothing_else(contract, receiver):
+    wide = replace(contract, receiver=model_of(receiver).geometry)
+    kv = capture(model_of("llama"), tokens_of(random_rows(1, 3))).kv
+    mapped = ZeroPad(wide)(kv)
+    for index, layer in enumerate(wide.receiver.layers):
+        keys, own = mapped.layer(index)[0], kv.layer(index)[0]
+        heads, dim = min(layer.heads, own.shape[1]), min(layer.key_dim, own.shape[3])
+        assert torch.equal(keys[:, :heads, :, :dim], own[:, :heads, :, :dim])
+        assert keys[:, heads:].abs().sum() == 0 and keys[..., dim:].abs().sum() == 0

@@ -3,4 +3,5 @@
 ALIGNERS = {
     "identity": "kvferry.align.identity:Identity",
     "linear": "kvferry.align.linear:Linear",
+    "zero_pad": "kvferry.align.zero_pad:ZeroPad",
 }

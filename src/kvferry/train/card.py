@@ -32,10 +32,10 @@ def card(fitted: Fitted, sender: str, receiver: str, command: str) -> str:
 
 def _rows(fitted: Fitted) -> list[str]:
     rows = [_row(before, after) for before, after in zip(fitted.ridge_scores, fitted.scores, strict=True)]
-    return [
-        *rows,
-        f"| control: {fitted.mean.codec} | | | {fitted.mean.loss:.3f} | {fitted.mean.accuracy:.3f} |",
+    controls = [
+        f"| control: {row.codec} | | | {row.loss:.3f} | {row.accuracy:.3f} |" for row in fitted.controls
     ]
+    return rows + controls
 
 
 def _row(before: CodecScore, after: CodecScore) -> str:

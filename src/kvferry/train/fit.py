@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.features import flatten, unflatten
+from kvferry.align.identity import Identity
 from kvferry.align.linear import Linear, affine
 from kvferry.align.ridge import solve
+from kvferry.align.zero_pad import ZeroPad
 from kvferry.codec import CODECS, Codec, roundtrip
 from kvferry.errors import ModelRefused, UsageError
 from kvferry.fuse.layout import text_slots
@@ -77,7 +79,7 @@ class CodecScore:
 
 @dataclass(frozen=True)
 class Fitted:
-    """An aligner and how it came about. Scores are held out; `mean` is the control without content."""
+    """An aligner and how it came about. Scores are held out; `controls` say what they are worth."""
 
     aligner: Linear
     recipe: Recipe
@@ -86,7 +88,7 @@ class Fitted:
     seconds: float
     ridge_scores: list[CodecScore]
     scores: list[CodecScore]
-    mean: CodecScore
+    controls: list[CodecScore]
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ def fit(
         if recipe.steps:
             _train(pair, aligner, pairs, codecs, on_step)
         scores = [score(pair, aligner, codec, test) for codec in codecs] if recipe.steps else ridge_scores
-        mean = score_mean(pair, aligner, test)
+        controls = score_controls(pair, aligner, test)
     return Fitted(
-        aligner, recipe, source.name, penalty, time.perf_counter() - start, ridge_scores, scores, mean
+        aligner, recipe, source.name, penalty, time.perf_counter() - start, ridge_scores, scores, controls
     )
 
 
@@ -157,9 +159,15 @@ def score(pair: Pair, aligner: Aligner, codec: Codec, examples: Sequence[Example
 
 
 @torch.no_grad()
-def score_mean(pair: Pair, aligner: Aligner, examples: Sequence[Example]) -> CodecScore:
-    """The control: every token of every example replaced by the mean entry, so no content is left."""
-    return _score(pair, aligner, "mean cache", examples, mean_cache)
+def score_controls(pair: Pair, aligner: Aligner, examples: Sequence[Example]) -> list[CodecScore]:
+    """Scores of the receiver's own cache, of the sender's with only its shape fitted, and of one without content."""
+    own = Contract(sender=pair.receiver.geometry, receiver=pair.receiver.geometry)
+    alone = replace(pair, sender=pair.receiver)
+    return [
+        _score(alone, Identity(own), "the receiver's own cache", examples, lambda kv: kv),
+        _score(pair, ZeroPad(aligner.contract), "cut or padded with zeros", examples, lambda kv: kv),
+        _score(pair, aligner, "mean cache", examples, mean_cache),
+    ]
 
 
 def mean_cache(kv: KV) -> KV:
