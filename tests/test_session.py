@@ -208,6 +208,17 @@ async def test_a_request_that_cannot_be_read_ends_the_talk_with_a_reason(sender,
     await remote.close()
 
 
+async def test_a_request_of_too_many_bytes_ends_the_talk(sender, receiver, message, monkeypatch):
+    monkeypatch.setattr("kvferry.session.exchange.MAX_REQUEST_BYTES", 3 * len(message) // 2)
+    near, far = memory_pair()
+    answering = asyncio.create_task(converse(receiver, far))
+    remote = await greet(near, sender.hello())
+    with pytest.raises(PeerRefused, match="LimitExceeded"):
+        await remote.ask([message, message], QUESTIONS[:2])
+    await answering
+    await remote.close()
+
+
 HELLOS = {
     "another model": ({"model": "f" * 64}, "ForeignModel"),
     "another tokenizer": ({"tokenizer": "f" * 64}, "ForeignModel"),

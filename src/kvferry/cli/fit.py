@@ -92,7 +92,7 @@ def _command(sender: str, receiver: str, data: Path | None, recipe: "Recipe") ->
 
 
 def _show(fitted: "Fitted", out: Path, json: bool) -> None:
-    rows = [*fitted.scores, fitted.mean]
+    rows = [*fitted.scores, *fitted.controls]
     if json:
         content = {"out": str(out), "seconds": fitted.seconds, "scores": [asdict(row) for row in rows]}
         print(json_module.dumps(content))

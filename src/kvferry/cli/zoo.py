@@ -20,10 +20,9 @@ def list_models() -> None:
 @zoo.command("train")
 def train_model(
     name: Annotated[str, typer.Argument(help="Which model; see kvferry zoo list.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("zoo"),
+    out: Annotated[Path, typer.Option(help="Folder to write the model's folder into.")] = Path("zoo"),
 ) -> None:
     """Train a model of the zoo anew, as the shipped one was made."""
     from kvferry.models.zoo.train import train_zoo
 
-    train_zoo(name, out / name)
-    print(out / name)
+    print(train_zoo(name, out).path)

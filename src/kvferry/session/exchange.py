@@ -9,7 +9,7 @@
 
 Rule 1: hello comes first. Rule 2: a request announces its messages, so every request has exactly one answer, whatever
 became of the messages. Rule 3: a refused message costs nobody else anything: receiver and connection stay up.
-Rule 4: a request that cannot be read ends the talk, because nobody knows what would follow it.
+Rule 4: a request that cannot be read, or is too large, ends the talk: nobody knows what would follow it.
 """
 
 import asyncio
@@ -17,7 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvferry.errors import ContractError, KvferryError, LimitExceeded, Malformed, PeerLost, PeerRefused
+from kvferry.errors import (
+    ContractError,
+    KvferryError,
+    LimitExceeded,
+    Malformed,
+    PeerLost,
+    PeerRefused,
+    WireError,
+)
 from kvferry.link import Channel, Listener, connect, listen
 from kvferry.session.message import Message, message_of
 from kvferry.session.receiver import Receiver
@@ -26,6 +34,8 @@ from kvferry.wire import Frame, MessageKind, json_frame, read_json
 
 MAX_MESSAGES = 256
 """In one request: four of the batches that saturate two cores."""
+MAX_REQUEST_BYTES = 1 << 30
+"""Of all messages of one request together: what a stranger may make a receiver hold."""
 MAX_NEW_TOKENS = 4096
 ANSWER_TIMEOUT_S = 600.0
 """The longest silence: a large batch on a slow machine computes for minutes."""
@@ -95,10 +105,10 @@ async def _serve_request(receiver: Receiver, channel: Channel, request: Message)
     """Whether the conversation can go on."""
     try:
         questions, max_new_tokens = _read_request(request)
-    except KvferryError as error:
+        messages = await _receive_messages(channel, len(questions))
+    except (WireError, ContractError) as error:
         await channel.send(_refusal(error).data, "answer")
         return False
-    messages = [Message(await channel.receive("message")) for _ in questions]
 
     def report() -> Message:
         replies = receiver.answer_batch(messages, questions, max_new_tokens=max_new_tokens)
@@ -106,6 +116,19 @@ async def _serve_request(receiver: Receiver, channel: Channel, request: Message)
 
     await _answer(channel, report, "answer")
     return True
+
+
+async def _receive_messages(channel: Channel, n: int) -> list[Message]:
+    messages: list[Message] = []
+    for _ in range(n):
+        messages.append(Message(await channel.receive("message")))
+        n_bytes = sum(map(len, messages))
+        if n_bytes > MAX_REQUEST_BYTES:
+            cure = "Ask in several requests"
+            raise LimitExceeded(
+                f"{n_bytes} bytes in one request, the limit is {MAX_REQUEST_BYTES}", cure=cure
+            )
+    return messages
 
 
 async def _answer(channel: Channel, make: Callable[[], Message], kind: str) -> bool:
