@@ -44,9 +44,6 @@ def relay_layout(kv: KV, n_head: int, stride: float = 1.0) -> Layout:
     With one tokenizer the stride is 1 and every slot stands where the receiver's own token would. Otherwise a slot
     stands where its text would begin on average, so that distances keep the receiver's scale.
     Raises `UsageError` for a stride that is not positive.
-
-    >>> import math; math.floor(3 * 1.5)  # fourth sender token, 1.5 receiver tokens each
-    4
     """
     if not 0 < stride < float("inf"):
         raise UsageError(
