@@ -14,6 +14,8 @@ import kvferry
 CONTEXT = "Ann has tea in Oslo. Ben has salt in Rome. Cleo has jam in Bath. Dan has rope in Lima."
 QUESTION = "Where is the salt?"
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine takes minutes to start a process that needs seconds
+
 
 def start(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "kvferry", *words]
@@ -30,7 +32,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 def run(*words: str, stdin: str = "") -> tuple[int, str, str]:
     process = start(*words)
-    out, err = process.communicate(stdin, timeout=110)
+    out, err = process.communicate(stdin)
     return process.returncode, out, err
 
 

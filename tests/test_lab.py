@@ -26,6 +26,8 @@ from kvferry.session.sender import Sender
 
 SENDER, RECEIVER = "llama", "qwen3"
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine takes minutes to start a process that needs seconds
+
 
 @pytest.fixture(scope="module")
 def sender() -> Sender:
