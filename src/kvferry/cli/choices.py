@@ -11,7 +11,7 @@ from kvferry.errors import EmptyContext, UsageError
 if TYPE_CHECKING:
     from kvferry.codec import Codec
 
-SENDER, RECEIVER, CODEC = "llama", "qwen3", "int(bits=8)"
+SENDER, RECEIVER, CODEC = "llama", "gemma3", "int(bits=8)"
 HOST, PORT = "127.0.0.1", 7070
 
 ContextOption = Annotated[
