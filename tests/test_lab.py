@@ -24,7 +24,7 @@ from kvferry.lab.summary import controls, summary
 from kvferry.lab.table import rich_table
 from kvferry.session.sender import Sender
 
-SENDER, RECEIVER = "llama", "qwen3"
+SENDER, RECEIVER = "llama", "gemma3"
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine takes minutes to start a process that needs seconds
 

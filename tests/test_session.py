@@ -47,7 +47,7 @@ def sender():
 
 @pytest.fixture(scope="module")
 def receiver():
-    return Receiver("qwen3", aligner_path("llama", "qwen3"))
+    return Receiver("gemma3", aligner_path("llama", "gemma3"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_one_after_the_other_through_a_file_equals_both_at_once(sender, receiver
         message = sender.with_codec(codec).read(TEXTS[1])
         at_once = receiver.answer(message, QUESTIONS[1])
         message.save(tmp_path / "message.kvw")
-        again = Receiver("qwen3", aligner_path("llama", "qwen3"))
+        again = Receiver("gemma3", aligner_path("llama", "gemma3"))
         later = again.answer(Message.load(tmp_path / "message.kvw"), QUESTIONS[1])
         assert (later.text, later.ended_by) == (at_once.text, at_once.ended_by)
         assert len(message) == (tmp_path / "message.kvw").stat().st_size
