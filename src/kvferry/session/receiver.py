@@ -12,11 +12,11 @@ from kvferry.align.folder import load_aligner
 from kvferry.align.identity import Identity
 from kvferry.codec import codec_of, decode
 from kvferry.errors import ContractError, ForeignModel, GridMismatch, Malformed, UsageError
-from kvferry.fuse.layout import relay_layout
 from kvferry.kv import KV, stack
 from kvferry.models.generate import OnText
 from kvferry.models.load import Model, load
-from kvferry.models.state import State, empty, inject, read
+from kvferry.models.relay import take_over
+from kvferry.models.state import State, read
 from kvferry.session.message import Message, message_of
 from kvferry.session.reading import answer_texts, finish, question_tokens
 from kvferry.session.reply import Reply, Stopwatch
@@ -108,15 +108,8 @@ class Receiver:
 
     @torch.no_grad()
     def _prefill(self, kv: KV, questions: Sequence[str]) -> tuple[State, torch.Tensor]:
-        head = self.model.heads(kv.n_batch)
-        layout = relay_layout(kv, head.ids.shape[1], self.contract.stride)
         asked = question_tokens(self.model, kv.spans, questions)
-        state = empty(
-            self.model, kv.n_batch, call_length=int(layout.next_position.max()) + asked.ids.shape[1]
-        )
-        if head.ids.shape[1]:
-            read(state, head)
-        inject(state, kv, layout.positions, layout.next_position)
+        state = take_over(self.model, kv, self.contract.stride, n_after=asked.ids.shape[1])
         return state, read(state, asked)[:, -1]
 
 

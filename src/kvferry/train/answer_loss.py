@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from kvferry.fuse.layout import relay_layout
 from kvferry.kv import KV, Role
 from kvferry.models.load import Model
-from kvferry.models.state import empty, inject, read
+from kvferry.models.relay import take_over
+from kvferry.models.state import read
 from kvferry.models.tokens import Tokens, encode_rows, join_rows, pad
 from kvferry.train.examples import Example
 
@@ -54,13 +54,7 @@ def continuations(model: Model, examples: Sequence[Example]) -> Continuations:
 
 def answer_scores(receiver: Model, kv: KV, after: Continuations, stride: float) -> Scores:
     """Let the receiver predict the continuations from an aligned cache. Differentiable in the cache."""
-    head = receiver.heads(kv.n_batch)
-    layout = relay_layout(kv, head.ids.shape[1], stride)
-    length = int(layout.next_position.max()) + after.tokens.ids.shape[1]
-    state = empty(receiver, kv.n_batch, call_length=length)
-    if head.ids.shape[1]:
-        read(state, head)
-    inject(state, kv, layout.positions, layout.next_position)
+    state = take_over(receiver, kv, stride, n_after=after.tokens.ids.shape[1])
     logits = read(state, after.tokens, keep=0)
     return _score(logits[:, :-1], after.tokens.ids[:, 1:].to(kv.device), after.scored[:, 1:].to(kv.device))
 
