@@ -85,6 +85,13 @@ def test_the_same_model_needs_no_aligner_and_answers_as_if_it_had_read_the_text(
         )
 
 
+def test_models_loaded_at_16_bits_keep_the_contract():
+    sender = Sender(load("llama", dtype="bfloat16"))
+    receiver = Receiver(load("gemma3", dtype="bfloat16"), aligner_path("llama", "gemma3"))
+    replies = receiver.answer_batch(sender.read_batch(TEXTS), QUESTIONS)
+    assert [reply.text for reply in replies] == [item.answer for item in ITEMS]
+
+
 def test_text_messages_are_read_as_text(receiver):
     plain, packed = text_message(TEXTS[0]), text_message(TEXTS[0], compress=True)
     assert receiver.answer(plain, QUESTIONS[0]).text == ITEMS[0].answer
