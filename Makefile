@@ -31,7 +31,7 @@ test-slow: $(READY) ## the tests that take minutes
 lint: $(READY) ## style, formatting, types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fmt: $(READY) ## repair style and formatting
 	$(BIN)/ruff check --fix --exit-zero

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from kvferry.errors import FolderError, UsageError
+from kvferry.errors import UsageError
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import load
 from kvferry.models.prompt import PLAIN
@@ -153,5 +153,5 @@ def test_question_files_are_read_line_by_line(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FolderError, match="nowhere"):
+    with pytest.raises(UsageError, match="cannot read .*nowhere"):
         next(source_of(tmp_path / "nowhere.txt", PLAIN).examples("train", 0))

@@ -57,4 +57,11 @@ def choose_aligner(given: str | None, sender: str, receiver: str) -> str | None:
     if given is not None:
         left, to, right = given.partition("-to-")
         return str(shipped.aligner_path(left, right)) if to and given in shipped.names() else given
-    return None if sender == receiver else str(shipped.aligner_path(sender, receiver))
+    if sender == receiver:
+        return None
+    if f"{sender}-to-{receiver}" not in shipped.names():
+        cure = (
+            f"Fit one (kvferry fit --out DIR) and give --aligner DIR. Shipped: {', '.join(shipped.names())}"
+        )
+        raise UsageError(f"no aligner is shipped from {sender} to {receiver}", cure=cure)
+    return str(shipped.aligner_path(sender, receiver))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from kvferry.errors import FolderError, UsageError
+from kvferry.errors import UsageError
 from kvferry.models.prompt import Prompt
 from kvferry.models.zoo.worlds import Document, make_document
 
@@ -128,10 +128,11 @@ def _of_passage(context: str, continuation: str) -> Example:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FolderError(
-            f"cannot read {path}: {error}", cure="Give a UTF-8 text or JSON lines file"
-        ) from error
+    except OSError as error:
+        cure = "Give a UTF-8 text or JSON lines file"
+        raise UsageError(f"cannot read {path}: {error.strerror}", cure=cure) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 at byte {error.start}", cure="Convert it to UTF-8") from None
 
 
 def _stretch(text: str, split: Split) -> str:

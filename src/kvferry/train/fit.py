@@ -59,10 +59,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.parsed()
-        counts = (len(self.codecs), self.n_texts, self.steps + 1, self.batch_size, self.neighbours)
-        if min(counts) < 1 or self.learning_rate <= 0:
-            cure = "Name codecs, texts >= 1, steps >= 0, batch size >= 1, learning rate > 0, neighbours >= 1"
-            raise UsageError(f"{self} is out of range", cure=cure)
+        least = {"codecs": len(self.codecs), "texts": self.n_texts, "batch size": self.batch_size}
+        least |= {"neighbours": self.neighbours, "steps + 1": self.steps + 1}
+        for name, value in least.items():
+            if value < 1:
+                raise UsageError(f"{name} is {value}, out of range", cure="Give at least 1")
+        if not self.learning_rate > 0:
+            raise UsageError(
+                f"learning rate is {self.learning_rate}, out of range", cure="Give a positive one"
+            )
 
     def parsed(self) -> list[Codec]:
         return [CODECS.parse(spec) for spec in self.codecs]
