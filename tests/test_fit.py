@@ -153,5 +153,5 @@ def test_question_files_are_read_line_by_line(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match="cannot read .*nowhere"):
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere"):
         next(source_of(tmp_path / "nowhere.txt", PLAIN).examples("train", 0))
