@@ -26,7 +26,7 @@ _LABELS = {  # arm -> its words, and where they stand: points to the right and u
     "kv_int8": ("int8", (0, -16), "center"),
     "kv_int4": ("int4", (0, -16), "center"),
     "kv_zeroed": ("zeros", (9, -8), "left"),
-    "kv_mean": ("mean cache", (9, 8), "left"),
+    "kv_mean": ("mean cache", (9, 17), "left"),
     "kv_twin": ("twin's cache", (-9, -8), "right"),
 }
 
