@@ -15,7 +15,7 @@ from kvferry.kv import KV
 from kvferry.models.capture import capture, capture_rotated
 from kvferry.models.load import Model
 from kvferry.models.rotary import reset_call_state
-from kvferry.models.state import State, empty, generate_inputs, inject, read
+from kvferry.models.state import State, empty, generate_inputs, inject, read, read_at
 from tiny import model_of, random_rows, tokens_of
 
 PREFIX, TOTAL, STEPS = 24, 34, 5
@@ -104,6 +104,28 @@ def test_only_relative_positions_matter(name):
     want = read(_injected(model, kv), after)
     assert (read(moved, after) - want).abs().max() < 1e-4
     assert (read(shifted, after) - want).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope", "llama-dynamic", "smollm3"])
+def test_slots_may_come_before_the_head(name):
+    """Head and question in one pass behind the slots equal head, slots, question one after the other."""
+    model, rows = model_of(name), random_rows(2, TOTAL)
+    head, after = ([row[a:b] for row in rows] for a, b in ((0, 3), (PREFIX, TOTAL)))
+    kv = capture(model, tokens_of([row[:PREFIX] for row in rows]), call_length=TOTAL).kv
+    slots = kv.take_tokens(torch.arange(3, PREFIX))
+    plain = empty(model, 2, call_length=TOTAL)
+    read(plain, tokens_of(head))
+    inject(plain, slots, slots.positions[0], torch.tensor([PREFIX, PREFIX]))
+    want = read(plain, tokens_of(after), keep=0)
+    state = empty(model, 2, call_length=TOTAL)
+    inject(state, slots, slots.positions[0], torch.tensor([PREFIX, PREFIX]))
+    both = tokens_of([a + b for a, b in zip(head, after, strict=True)])
+    positions = torch.cat([torch.arange(3), torch.arange(PREFIX, TOTAL)]).expand(2, -1)
+    got = read_at(state, both, positions, keep=0)[:, 3:]
+    assert (got - want).abs().max() <= 1e-5
+    assert torch.equal(state.next_position, plain.next_position)
+    new = tokens_of([[7], [8]])
+    assert (read(state, new) - read(plain, new)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "phi3"])

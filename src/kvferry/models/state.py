@@ -57,17 +57,27 @@ def read(state: State, tokens: Tokens, *, keep: int = 1) -> Float[Tensor, "batch
 
     Raises `ContextTooLong` where the model has no position left.
     """
+    mask = tokens.mask.to(state.model.device)
+    positions = state.next_position.unsqueeze(-1) + mask.cumsum(-1) - 1
+    return read_at(state, tokens, positions, keep=keep)
+
+
+def read_at(
+    state: State, tokens: Tokens, positions: Int[Tensor, "batch new"], *, keep: int = 1
+) -> Float[Tensor, "batch keep vocab"]:
+    """`read` at given positions; a token sees every slot whose position is not after its own, in whatever order
+    the slots came. Reading goes on after the last position."""
     model = state.model
     ids, mask = tokens.ids.to(model.device), tokens.mask.to(model.device)
-    positions = (state.next_position.unsqueeze(-1) + mask.cumsum(-1) - 1).clamp(min=0)
-    _check_room(state, mask)
+    _check_room(state, mask, positions)
+    state.next_position = torch.where(mask, positions + 1, state.next_position.unsqueeze(-1)).amax(-1)
+    positions = positions.clamp(min=0)
     filler = call_filler(model.geometry, positions, state.call_length)
     parts = zip((ids, mask, positions), filler, strict=True)
     ids, mask, positions = (torch.cat(pair, -1) for pair in parts)
     _append_slots(state, mask.expand(model.geometry.n_layers, -1, -1), positions)
     n_filler = filler[0].shape[1]
     logits = _forward(state, ids, positions, keep + n_filler if keep else 0)
-    state.next_position = state.next_position + mask.sum(-1)
     return logits[:, : logits.shape[1] - n_filler]
 
 
@@ -160,12 +170,12 @@ def _append_slots(
     state.positions = torch.cat([state.positions, positions], -1)
 
 
-def _check_room(state: State, mask: Bool[Tensor, "batch new"]) -> None:
+def _check_room(state: State, mask: Bool[Tensor, "batch new"], positions: Int[Tensor, "batch new"]) -> None:
     limit = state.model.geometry.max_positions
     # Slots bound positions from above almost always, and asking for them does not wait for the device.
     if limit is None or state.positions.shape[1] + mask.shape[1] <= limit:
         return
-    last = int((state.next_position + mask.sum(-1)).max())
+    last = int((positions * mask).max()) + 1
     if last > limit:
         cure = "Shorten the context, or choose a model with more positions"
         raise ContextTooLong(f"{last} positions are needed, {state.model.name} has {limit}", cure=cure)

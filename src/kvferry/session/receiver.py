@@ -16,7 +16,7 @@ from kvferry.kv import KV, stack
 from kvferry.models.generate import OnText
 from kvferry.models.load import Model, load
 from kvferry.models.relay import take_over
-from kvferry.models.state import State, read
+from kvferry.models.state import State
 from kvferry.session.message import Message, message_of
 from kvferry.session.reading import answer_texts, finish, question_tokens
 from kvferry.session.reply import Reply, Stopwatch
@@ -109,8 +109,8 @@ class Receiver:
     @torch.no_grad()
     def _prefill(self, kv: KV, questions: Sequence[str]) -> tuple[State, torch.Tensor]:
         asked = question_tokens(self.model, kv.spans, questions)
-        state = take_over(self.model, kv, self.contract.stride, n_after=asked.ids.shape[1])
-        return state, read(state, asked)[:, -1]
+        state, logits = take_over(self.model, kv, self.contract.stride, asked)
+        return state, logits[:, -1]
 
 
 def _check_batch(messages: Sequence[Message], questions: Sequence[str]) -> None:

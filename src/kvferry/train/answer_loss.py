@@ -13,7 +13,6 @@ from torch.nn import functional
 from kvferry.kv import KV, Role
 from kvferry.models.load import Model
 from kvferry.models.relay import take_over
-from kvferry.models.state import read
 from kvferry.models.tokens import Tokens, encode_rows, join_rows, pad
 from kvferry.train.examples import Example
 
@@ -54,8 +53,7 @@ def continuations(model: Model, examples: Sequence[Example]) -> Continuations:
 
 def answer_scores(receiver: Model, kv: KV, after: Continuations, stride: float) -> Scores:
     """Let the receiver predict the continuations from an aligned cache. Differentiable in the cache."""
-    state = take_over(receiver, kv, stride, n_after=after.tokens.ids.shape[1])
-    logits = read(state, after.tokens, keep=0)
+    _, logits = take_over(receiver, kv, stride, after.tokens, keep=0)
     return _score(logits[:, :-1], after.tokens.ids[:, 1:].to(kv.device), after.scored[:, 1:].to(kv.device))
 
 
