@@ -5,6 +5,7 @@ Facts are drawn at random, so a model can learn nothing from most of a context; 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
 
 import torch
@@ -85,13 +86,14 @@ def _copy_row(stage: Stage, tokenizer: Tokenizer, rng: Random) -> Row:
     """Random tokens or words, then the same again or backwards: what teaches a model to look back."""
     n = rng.randint(8, stage.max_copy)
     if stage.copied_words and rng.random() < stage.copied_words:
-        text = "".join(f" {word}" for word in rng.choices(_WORDS, k=n // 4))
-        half = tokenizer.encode(text, add_special_tokens=False).ids
+        words = rng.choices(_WORDS, k=n // 4)
+        parts = [tokenizer.encode(f" {word}", add_special_tokens=False).ids for word in words]
     else:
-        half = rng.choices(range(len(SPECIALS), tokenizer.get_vocab_size()), k=n)
-    again = half[::-1] if stage.reversed_copies and rng.random() < stage.reversed_copies else half
+        parts = [[i] for i in rng.choices(range(len(SPECIALS), tokenizer.get_vocab_size()), k=n)]
+    again = parts[::-1] if stage.reversed_copies and rng.random() < stage.reversed_copies else parts
     _, bos, _ = special_ids(tokenizer)
-    return [bos, *half, *again], [False] * (len(half) + 1) + [True] * len(half)
+    half = list(chain.from_iterable(parts))
+    return [bos, *half, *chain.from_iterable(again)], [False] * (len(half) + 1) + [True] * len(half)
 
 
 def _batch(rows: list[Row]) -> Batch:

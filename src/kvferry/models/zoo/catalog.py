@@ -1,7 +1,7 @@
 """Which models the zoo holds and where their folders lie.
 
 >>> names()
-('llama', 'qwen3', 'gemma3')
+('llama', 'qwen3', 'gemma3', 'qwen2')
 >>> zoo_path("llama").name
 'llama'
 """
@@ -36,6 +36,7 @@ CATALOG = (
     Entry(
         "gemma3", "Gemma 3: 4 layers, 2 key heads of 32, a window of 64 on the first; BPE of whole phrases"
     ),
+    Entry("qwen2", "Qwen2: 5 layers, 2 key heads of 32, with biases; one piece per byte"),
 )
 
 
