@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from architectures import ARCHITECTURES
-from kvferry.errors import ContextTooLong, EmptyContext
-from kvferry.models.capture import capture, capture_rotated
+from kvferry.errors import ContextTooLong, EmptyContext, UnknownName
+from kvferry.models.capture import _capture, capture, capture_rotated
 from kvferry.models.load import load
 from kvferry.models.rotary import reset_call_state
 from kvferry.rope import rotate
@@ -45,6 +45,12 @@ def test_evidence_is_what_was_asked_for_and_nothing_else():
     assert evidence.queries_content == evidence.queries_rotated == evidence.attention_mass == ()
     embedded = model.hf.get_input_embeddings()(tokens.ids)
     assert torch.equal(evidence.hidden_states[0], embedded)
+
+
+def test_unknown_evidence_is_named():
+    """Past the type checker, as a caller without one would come."""
+    with pytest.raises(UnknownName, match="attention_mass"):
+        _capture(model_of("llama"), tokens_of(random_rows(1, 3)), ["atention_mass"], 0, "content")
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3-partial", "cohere", "smollm3"])

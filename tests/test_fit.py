@@ -139,6 +139,13 @@ def test_text_files_give_disjoint_passages(tmp_path):
         next(source.examples("dev", 0))
 
 
+def test_texts_without_spaces_are_cut_between_characters(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("北京的故事很长。" * 4000, encoding="utf-8")
+    example = next(TextFile(path).examples("train", 0))
+    assert example.context and all(text for text, _ in example.pieces)
+
+
 def test_question_files_are_read_line_by_line(tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"context": f"c{i}", "question": f"q{i}", "answer": i} for i in range(20)]

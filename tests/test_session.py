@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zstandard
 
 from kvferry.align.contract import Contract
 from kvferry.align.identity import Identity
@@ -21,6 +22,7 @@ from kvferry.errors import (
     ForeignModel,
     GridMismatch,
     KvferryError,
+    Malformed,
     NotFinite,
     PeerRefused,
     Truncated,
@@ -34,7 +36,7 @@ from kvferry.session.exchange import call, converse, greet, serve
 from kvferry.session.message import Message, message_of, text_message
 from kvferry.session.receiver import Receiver
 from kvferry.session.sender import Sender
-from kvferry.wire import MessageKind, TokenGrid, json_frame, read_json
+from kvferry.wire import MessageKind, Segment, SegmentType, TokenGrid, json_frame, read_json
 
 ITEMS = [make_item(i, n_facts=4, n_fillers=i % 3) for i in range(6)]
 TEXTS, QUESTIONS = [item.context for item in ITEMS], [item.question for item in ITEMS]
@@ -96,6 +98,13 @@ def test_text_messages_are_read_as_text(receiver):
     plain, packed = text_message(TEXTS[0]), text_message(TEXTS[0], compress=True)
     assert receiver.answer(plain, QUESTIONS[0]).text == ITEMS[0].answer
     assert receiver.answer(packed, QUESTIONS[0]).text == ITEMS[0].answer
+
+
+def test_packed_text_must_state_its_size(receiver):
+    body = zstandard.ZstdCompressor(write_content_size=False).compress(b"Ann has tea in Oslo.")
+    frame = replace(text_message("x", compress=True).frame, segments=(Segment(SegmentType.TEXT_ZSTD, body),))
+    with pytest.raises(Malformed, match="does not state its size"):
+        receiver.answer(message_of(frame), QUESTIONS[0])
 
 
 def test_text_is_streamed_as_it_is_said(receiver, message):
@@ -166,6 +175,8 @@ def test_a_receiver_needs_an_aligner_made_for_it(sender, receiver):
 def test_batches_must_match(receiver, message):
     with pytest.raises(UsageError, match="0 messages"):
         receiver.answer_batch([], [])
+    with pytest.raises(UsageError, match="question is empty"):
+        receiver.answer(message, " ")
     with pytest.raises(UsageError, match="text and cache"):
         receiver.answer_batch([message, text_message("x")], ["a", "b"])
 
@@ -215,6 +226,23 @@ async def test_a_request_that_cannot_be_read_ends_the_talk_with_a_reason(sender,
     await remote.close()
 
 
+async def test_a_failure_of_the_receiver_is_answered_too(sender, receiver, message, monkeypatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(receiver, "answer_batch", fail)
+    near, far = memory_pair()
+    answering = asyncio.create_task(converse(receiver, far))
+    remote = await greet(near, sender.hello())
+    assert remote.codecs == receiver.contract.coded_with
+    with pytest.raises(PeerRefused, match="the receiver failed: RuntimeError"):
+        await remote.ask([message], QUESTIONS[:1])
+    with pytest.raises(UsageError, match="1 messages and 2 questions"):
+        await remote.ask([message], QUESTIONS[:2])
+    await remote.close()
+    await answering
+
+
 async def test_a_request_of_too_many_bytes_ends_the_talk(sender, receiver, message, monkeypatch):
     monkeypatch.setattr("kvferry.session.exchange.MAX_REQUEST_BYTES", 3 * len(message) // 2)
     near, far = memory_pair()
@@ -232,6 +260,7 @@ HELLOS = {
     "another grid": ({"grid": "receiver"}, "GridMismatch"),
     "another codec": ({"codec": "int(bits=4, group=8, axis=token)"}, "CodecNotCovered"),
     "no codec": ({"codec": None}, "Malformed"),
+    "no model": ({"model": ""}, "ForeignModel"),
 }
 
 

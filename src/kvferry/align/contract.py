@@ -16,6 +16,8 @@ from kvferry.kv import KV, Geometry
 from kvferry.spec import read_call
 
 Grid = Literal["sender", "receiver"]
+SHORTEST_PREFIX = 16
+"""Digits of a fingerprint that travel in a frame's header."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ class Contract:
     stride: float = 1.0
 
     def require_sender(self, model: str, tokenizer: str) -> None:
-        """Raise `ForeignModel` unless hex fingerprints (prefixes allowed) are those of the sender fitted for."""
+        """Raise `ForeignModel` unless hex fingerprints (or their first 16 digits) are the sender's fitted for."""
         for what, got, want in (
             ("model", model, self.sender.model),
             ("tokenizer", tokenizer, self.sender.tokenizer),
         ):
-            if not want.startswith(got):
+            if len(got) < SHORTEST_PREFIX or not want.startswith(got):
                 cure = "Fit an aligner for this pair: kvferry fit --sender ... --receiver ..."
                 raise ForeignModel(
                     f"{what} {got[:16]} sent, the aligner was fitted for {want[:16]}", cure=cure

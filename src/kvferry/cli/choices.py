@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvferry.errors import EmptyContext, UsageError
+from kvferry.errors import EmptyContext, UnknownName, UsageError
 
 if TYPE_CHECKING:
     from kvferry.codec import Codec
@@ -55,8 +55,11 @@ def choose_aligner(given: str | None, sender: str, receiver: str) -> str | None:
     from kvferry.align import shipped
 
     if given is not None:
-        left, to, right = given.partition("-to-")
-        return str(shipped.aligner_path(left, right)) if to and given in shipped.names() else given
+        if given in shipped.names():
+            return str(shipped.aligner_path(*given.split("-to-")))
+        if "/" in given or Path(given).is_dir():
+            return given
+        raise UnknownName("aligner", given, shipped.names())
     if sender == receiver:
         return None
     if f"{sender}-to-{receiver}" not in shipped.names():

@@ -50,10 +50,14 @@ def fit(
     source, target = load(sender), load(receiver)
     with _Progress(recipe) as on_step:
         fitted = fit_pair(source, target, source_of(data, target.prompt), recipe, on_step=on_step)
-    save_aligner(
-        fitted.aligner, out, card(fitted, sender, receiver, _command(sender, receiver, data, recipe))
-    )
+    names = _public(sender), _public(receiver)
+    save_aligner(fitted.aligner, out, card(fitted, *names, _command(*names, data, recipe)))
     _show(fitted, out, json)
+
+
+def _public(model: str) -> str:
+    """A model's name, without the folders it lies in."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 class _Progress:

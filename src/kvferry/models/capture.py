@@ -6,12 +6,13 @@ and no second cache is kept beside.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvferry.errors import ContextTooLong, EmptyContext
+from kvferry.errors import ContextTooLong, EmptyContext, UnknownName
 from kvferry.kv import KV, Evidence, Group, KeySpace, LayerGeometry, Need
 from kvferry.models.load import Model
 from kvferry.models.rotary import reset_call_state
@@ -49,8 +50,11 @@ def capture_rotated(
 
 
 def _capture(
-    model: Model, inputs: Sequence[str] | Tokens, needs: Collection[Need], call_length: int, space: KeySpace
+    model: Model, inputs: Sequence[str] | Tokens, needs: Collection[str], call_length: int, space: KeySpace
 ) -> Captured:
+    for need in needs:
+        if need not in get_args(Need):
+            raise UnknownName("kind of evidence", need, get_args(Need))
     tokens = inputs if isinstance(inputs, Tokens) else _tokens(model, inputs)
     mask = tokens.mask.to(model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

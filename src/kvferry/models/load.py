@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -89,7 +90,7 @@ def load(
         with _quietly():
             tokenizer = AutoTokenizer.from_pretrained(where)
             hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         cure = "Give a Hugging Face folder or hub id of a decoder-only model"
         raise FolderError(f"cannot load {name!r}: {_first_line(error)}", cure=cure) from error
     hf.to(_device(device))  # type: ignore[arg-type]

@@ -47,7 +47,11 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], roles:
         return []
     try:
         found = tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # length is our business, and an error of ours
         )
     except NotImplementedError:
         cure = "Load a fast tokenizer (tokenizer.json)"

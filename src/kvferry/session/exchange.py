@@ -8,11 +8,13 @@
                                     <-    REPORT (n replies) or ERROR       }
 
 Rule 1: hello comes first. Rule 2: a request announces its messages, so every request has exactly one answer, whatever
-became of the messages. Rule 3: a refused message costs nobody else anything: receiver and connection stay up.
+became of the messages. Rule 3: a message that must be refused takes its request with it and nothing else: receiver and
+connection stay up.
 Rule 4: a request that cannot be read, or is too large, ends the talk: nobody knows what would follow it.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +26,7 @@ from kvferry.errors import (
     Malformed,
     PeerLost,
     PeerRefused,
+    UsageError,
     WireError,
 )
 from kvferry.link import Channel, Listener, connect, listen
@@ -31,6 +34,8 @@ from kvferry.session.message import Message, message_of
 from kvferry.session.receiver import Receiver
 from kvferry.session.reply import Reply
 from kvferry.wire import Frame, MessageKind, json_frame, read_json
+
+_logger = logging.getLogger(__name__)
 
 MAX_MESSAGES = 256
 """In one request: four of the batches that saturate two cores."""
@@ -44,14 +49,19 @@ ANSWER_TIMEOUT_S = 600.0
 class Remote:
     """A receiver at the other end of a channel, after hello."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, codecs: Sequence[str]) -> None:
         self.channel = channel
         self.meter = channel.meter
+        self.codecs = tuple(codecs)
+        """What the receiver's aligner was fitted under; empty where any codec will do."""
 
     async def ask(
         self, messages: Sequence[Message], questions: Sequence[str], *, max_new_tokens: int = 32
     ) -> list[Reply]:
         """Send one question and one message for each reply; `PeerRefused` with the receiver's own reason."""
+        if len(messages) != len(questions):
+            what = f"{len(messages)} messages and {len(questions)} questions"
+            raise UsageError(what, cure="Give one question to each message")
         request = {"questions": list(questions), "max_new_tokens": max_new_tokens}
         await self.channel.send(message_of(json_frame(MessageKind.REQUEST, request)).data, "request")
         for message in messages:
@@ -66,8 +76,8 @@ class Remote:
 async def greet(channel: Channel, hello: Message) -> Remote:
     """Say hello over a channel; `PeerRefused` where the receiver does not accept the contract."""
     await channel.send(hello.data, "hello")
-    await _expect(channel, MessageKind.HELLO, "hello")
-    return Remote(channel)
+    answer = read_json(await _expect(channel, MessageKind.HELLO, "hello"))
+    return Remote(channel, [str(codec) for codec in answer.get("codecs", [])])
 
 
 async def call(host: str, port: int, hello: Message, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Remote:
@@ -120,14 +130,16 @@ async def _serve_request(receiver: Receiver, channel: Channel, request: Message)
 
 async def _receive_messages(channel: Channel, n: int) -> list[Message]:
     messages: list[Message] = []
+    n_bytes = 0
     for _ in range(n):
-        messages.append(Message(await channel.receive("message")))
-        n_bytes = sum(map(len, messages))
+        message = Message(await channel.receive("message"))
+        n_bytes += len(message)
         if n_bytes > MAX_REQUEST_BYTES:
             cure = "Ask in several requests"
             raise LimitExceeded(
                 f"{n_bytes} bytes in one request, the limit is {MAX_REQUEST_BYTES}", cure=cure
             )
+        messages.append(message)
     return messages
 
 
@@ -137,6 +149,10 @@ async def _answer(channel: Channel, make: Callable[[], Message], kind: str) -> b
         answer, accepted = await asyncio.to_thread(make), True
     except KvferryError as error:
         answer, accepted = _refusal(error), False
+    except Exception as error:  # out of memory, say: the other side must not wait in vain
+        _logger.exception("answering failed")
+        failure = KvferryError(f"the receiver failed: {type(error).__name__}", cure="See the receiver's log")
+        answer, accepted = _refusal(failure), False
     await channel.send(answer.data, kind)
     return accepted
 

@@ -78,7 +78,9 @@ def text_message(text: str, *, compress: bool = False) -> Message:
 def _decompress(packed: bytes, limits: Limits) -> str:
     try:
         n_bytes = zstandard.frame_content_size(packed)
-        if not 0 <= n_bytes <= limits.max_bytes:
+        if n_bytes < 0:
+            raise Malformed("the packed text does not state its size", cure="Send one zstd frame that does")
+        if n_bytes > limits.max_bytes:
             cure = "Send less text or raise Limits.max_bytes"
             raise LimitExceeded(
                 f"the text unpacks to {n_bytes} bytes, the limit is {limits.max_bytes}", cure=cure

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from kvferry import __version__
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.folder import load_aligner
 from kvferry.align.identity import Identity
@@ -30,11 +29,12 @@ class Receiver:
     tokenizer, grid and codec; anything else is refused, and the receiver goes on.
     """
 
-    def __init__(self, model: Model | str, aligner: Aligner | str | Path | None = None) -> None:
-        self.model = load(model) if isinstance(model, str) else model
+    def __init__(self, model: Model | str | Path, aligner: Aligner | str | Path | None = None) -> None:
+        self.model = model if isinstance(model, Model) else load(str(model))
         self.aligner = self._aligner(aligner).to(self.model.device)
         self.contract = self.aligner.contract
-        if self.contract.receiver.model != self.model.geometry.model:
+        own, wanted = self.model.geometry, self.contract.receiver
+        if (own.model, own.tokenizer) != (wanted.model, wanted.tokenizer):
             cure = "Load the receiver that the aligner's card names, or fit one for this model"
             raise ForeignModel(
                 f"the aligner was fitted for another receiver than {self.model.name}", cure=cure
@@ -78,13 +78,7 @@ class Receiver:
         self.contract.require_sender(content["model"], content["tokenizer"])
         _require_grid(content["grid"], self.contract)
         self.aligner.require_codec(content["codec"])
-        answer = {
-            "kvferry": __version__,
-            "model": self.model.geometry.model,
-            "grid": self.contract.grid,
-            "codecs": list(self.contract.coded_with),
-        }
-        return message_of(json_frame(MessageKind.HELLO, answer))
+        return message_of(json_frame(MessageKind.HELLO, {"codecs": list(self.contract.coded_with)}))
 
     def _aligner(self, given: Aligner | str | Path | None) -> Aligner:
         if isinstance(given, Aligner):
@@ -114,6 +108,8 @@ class Receiver:
 
 
 def _check_batch(messages: Sequence[Message], questions: Sequence[str]) -> None:
+    if not all(question.strip() for question in questions):
+        raise UsageError("a question is empty", cure="Ask something about the context")
     if not messages or len(messages) != len(questions):
         raise UsageError(
             f"{len(messages)} messages and {len(questions)} questions",

@@ -1,8 +1,8 @@
 """The side that reads: text in, message out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from kvferry import __version__
 from kvferry.codec import CODECS, Codec
 from kvferry.fuse.layout import text_slots
 from kvferry.kv import KV
@@ -23,8 +23,8 @@ class Sender:
     True
     """
 
-    def __init__(self, model: Model | str, codec: Codec | str = "int(bits=8)") -> None:
-        self.model = load(model) if isinstance(model, str) else model
+    def __init__(self, model: Model | str | Path, codec: Codec | str = "int(bits=8)") -> None:
+        self.model = model if isinstance(model, Model) else load(str(model))
         self.codec = CODECS.parse(codec) if isinstance(codec, str) else codec
 
     def with_codec(self, codec: Codec | str) -> "Sender":
@@ -54,10 +54,8 @@ class Sender:
         """The first message of every exchange: who sends, on which grid, in which codec."""
         geometry = self.model.geometry
         content = {
-            "kvferry": __version__,
             "model": geometry.model,
             "tokenizer": geometry.tokenizer,
-            "geometry": geometry.shape_digest(),
             "grid": "sender",
             "codec": repr(self.codec),
         }

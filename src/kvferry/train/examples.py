@@ -76,16 +76,18 @@ class TextFile:
     """Passages of a plain text; the continuation after the first word is scored. Splits are disjoint stretches."""
 
     path: Path
-    name: str = "text"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     def examples(self, split: Split, seed: int) -> Iterator[Example]:
         text = _stretch(" ".join(_read(self.path).split()), split)
         rng = random.Random(f"{split}{seed}")
         while True:
-            start = text.find(" ", rng.randrange(len(text) - PASSAGE_CHARS - 2 * CONTINUATION_CHARS)) + 1
-            end = text.find(" ", start + PASSAGE_CHARS)
-            if start > 0 and end > 0:
-                yield _of_passage(text[start:end], text[end : end + CONTINUATION_CHARS])
+            start = _border(text, rng.randrange(len(text) - 2 * (PASSAGE_CHARS + CONTINUATION_CHARS)))
+            end = _border(text, start + PASSAGE_CHARS)
+            yield _of_passage(text[start:end], text[end : end + CONTINUATION_CHARS])
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class QuestionFile:
 
     path: Path
     prompt: Prompt
-    name: str = "jsonl"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     def examples(self, split: Split, seed: int) -> Iterator[Example]:
         rows = [row for i, row in enumerate(_rows(self.path)) if _split_of_line(i) == split]
@@ -121,8 +126,14 @@ def _of_document(document: Document) -> Example:
 
 
 def _of_passage(context: str, continuation: str) -> Example:
-    first = continuation.find(" ", 1)
-    return Example(context, ((continuation[:first], False), (continuation[first:], True)))
+    first = max(continuation.find(" ", 1), 1)
+    return Example(context.strip(), ((continuation[:first], False), (continuation[first:], True)))
+
+
+def _border(text: str, near: int) -> int:
+    """The next space, or the place itself in a script that has none nearby."""
+    found = text.find(" ", near, near + CONTINUATION_CHARS)
+    return near if found < 0 else found
 
 
 def _read(path: Path) -> str:

@@ -160,7 +160,7 @@ def frozen(model: Model) -> Iterator[None]:
 @torch.no_grad()
 def score(pair: Pair, aligner: Aligner, codec: Codec, examples: Sequence[Example]) -> CodecScore:
     """Held-out quality of an aligner under one codec."""
-    return _score(pair, aligner, repr(codec), examples, lambda kv: roundtrip(codec, kv))
+    return _score(pair, aligner, repr(codec), examples, partial(roundtrip, codec))
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def _ridge(pair: Pair, contract: Contract, pairs: Pairs, codecs: Sequence[Codec]
     dev = pair.take("dev", N_HELD_OUT // 2)
     found: list[tuple[float, float, Linear]] = []
     for penalty in PENALTIES:
-        aligner = Linear(contract, pair.recipe.neighbours)
+        aligner = Linear(contract, pair.recipe.neighbours).to(pair.receiver.device)
         _set(aligner, *solve(pairs.sums, penalty))
         losses = [score(pair, aligner, codec, dev).loss for codec in codecs]
         found.append((sum(losses), penalty, aligner))

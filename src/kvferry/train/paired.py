@@ -73,7 +73,8 @@ def _collect_batch(
 ) -> Pairs:
     sent, held = (text_slots(capture(model, texts).kv) for model in (sender, receiver))
     targets, paired = _targets(sent, held)
-    parts = [Sums.of(with_neighbours(trip(sent), neighbours)[paired], targets[paired]) for trip in roundtrips]
+    inputs = (with_neighbours(trip(sent), neighbours)[paired] for trip in roundtrips)
+    parts = [Sums.of(x.cpu(), targets[paired].cpu()) for x in inputs]
     sums = parts[0]
     for part in parts[1:]:
         sums = sums + part
