@@ -1,9 +1,7 @@
 """`kvferry ask`: one model reads, another one answers, in one process."""
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from kvferry.cli.choices import (
     CODEC,
@@ -13,6 +11,7 @@ from kvferry.cli.choices import (
     CodecOption,
     ContextOption,
     JsonFlag,
+    MaxBytesOption,
     QuestionOption,
     ReceiverOption,
     SenderOption,
@@ -35,7 +34,7 @@ def ask(
     receiver: ReceiverOption = RECEIVER,
     aligner: AlignerOption = None,
     codec: CodecOption = CODEC,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Cap of the message.")] = None,
+    max_bytes: MaxBytesOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Let one model read a text and another one answer a question about it."""

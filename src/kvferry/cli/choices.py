@@ -24,6 +24,7 @@ AlignerOption = Annotated[
     str | None, typer.Option(help="Folder, hub id or shipped name. Default: the one shipped for the pair.")
 ]
 CodecOption = Annotated[str, typer.Option(help="How the cache is coded: raw, int(bits=8), int(bits=4), ...")]
+MaxBytesOption = Annotated[int | None, typer.Option(help="Cap of the message.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HostOption = Annotated[str, typer.Option(help="Address of the receiver.")]
 PortOption = Annotated[int, typer.Option(help="Its TCP port; where a receiver starts, 0 takes a free one.")]

@@ -12,6 +12,7 @@ from kvferry.cli.choices import (
     ContextOption,
     HostOption,
     JsonFlag,
+    MaxBytesOption,
     PortOption,
     QuestionOption,
     SenderOption,
@@ -29,6 +30,7 @@ def send(
     question: QuestionOption,
     sender: SenderOption = SENDER,
     codec: CodecOption = CODEC,
+    max_bytes: MaxBytesOption = None,
     host: HostOption = HOST,
     port: PortOption = PORT,
     json: JsonFlag = False,
@@ -39,16 +41,18 @@ def send(
     from kvferry.cli.exchange import show
     from kvferry.session.sender import Sender
 
-    show(asyncio.run(_send(Sender(sender, coder), text, question, host, port)), json)
+    show(asyncio.run(_send(Sender(sender, coder), text, max_bytes, question, host, port)), json)
 
 
-async def _send(sender: "Sender", text: str, question: str, host: str, port: int) -> "Answered":
+async def _send(
+    sender: "Sender", text: str, max_bytes: int | None, question: str, host: str, port: int
+) -> "Answered":
     from kvferry.cli.exchange import put, read
     from kvferry.session.exchange import call
 
-    message, times = read(sender, text)
-    remote = await call(host, port, sender.hello())
+    remote = await call(host, port, sender.hello())  # a refusal comes before the work
     try:
+        message, times = read(sender, text, max_bytes)
         return await put(remote, message, question, times)
     finally:
         await remote.close()
