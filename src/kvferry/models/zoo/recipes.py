@@ -33,13 +33,15 @@ class Recipe:
     """`architecture` and `shape` are transformers' `model_type` and configuration.
 
     `look_back[layer][head]` is how many tokens back a head looks at the start; `theta` is the rotary base there;
-    `residual_scale` makes what the layers add at the start smaller.
+    `residual_scale` makes what the layers add at the start smaller. `more` stages are a second round: fresh optimizers,
+    and rates that rise to half and fall once more.
     """
 
     architecture: str
     shape: dict[str, object]
     tokenizer: str
     stages: tuple[Stage, ...]
+    more: tuple[Stage, ...] = ()
     seed: int = 0
     learning_rate: float = 5e-3
     matrix_rate: float = 0.02
@@ -51,13 +53,23 @@ class Recipe:
     residual_scale: float = 1.0
 
     @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+    def rounds(self) -> tuple[tuple[Stage, ...], ...]:
+        """The stages of each round."""
+        return (self.stages, self.more) if self.more else (self.stages,)
 
-    def rate(self, step: int) -> float:
-        """The learning rate at a step, as a share of the peak: a short rise, then half a cosine."""
-        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+    @property
+    def steps(self) -> int:
+        return sum(map(n_steps, self.rounds))
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate at a step of a round, as a share of the peak: a short rise, then half a cosine."""
+        fall = 0.5 * (1 + math.cos(math.pi * step / steps))
         return min(1.0, (step + 1) / self.warmup) * max(fall, 0.02)
+
+
+def n_steps(stages: tuple[Stage, ...]) -> int:
+    """How many steps a round takes."""
+    return sum(stage.steps for stage in stages)
 
 
 _SHAPE: dict[str, object] = {
@@ -111,6 +123,8 @@ _BYTE_STAGES = (
     Stage(200, facts=(4, 16), max_fillers=8, kinds=_BYTE_KINDS),
     Stage(200, facts=(4, 32), max_fillers=40, kinds=_BYTE_KINDS, batch_tokens=6144),
 )
+_MORE_BYTE_KINDS = {"place": 4.0, "met": 7.0, "two_hop": 0.25, "count": 0.25}
+_MORE_BYTE_STAGES = (Stage(600, facts=(2, 32), max_fillers=40, kinds=_MORE_BYTE_KINDS),)
 
 RECIPES: dict[str, Recipe] = {
     "llama": Recipe(
@@ -148,6 +162,7 @@ RECIPES: dict[str, Recipe] = {
         {**_SHAPE, "num_hidden_layers": 5, "head_dim": 32, "rope_theta": 1e4},
         "bytes",
         _BYTE_STAGES,
+        more=_MORE_BYTE_STAGES,
         seed=3,
         residual_scale=0.2,
         look_back=((1, 2, 3, 4), (4, 5, 6, 8), (8, 10, 12, 9)),

@@ -6,6 +6,7 @@ at once it would guess by type for thousands of steps, and one that has seen eig
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from kvferry.models.zoo.batches import Batch, batches
 from kvferry.models.zoo.card import Trained, card
 from kvferry.models.zoo.catalog import load_folder
 from kvferry.models.zoo.evaluate import score
-from kvferry.models.zoo.recipes import RECIPES, Recipe
+from kvferry.models.zoo.recipes import RECIPES, Recipe, Stage, n_steps
 from kvferry.models.zoo.start import untrained
 from kvferry.models.zoo.tokenizers import TOKENIZERS, fast
 
@@ -49,31 +50,36 @@ def train_zoo(name: str, out_dir: str | Path, progress: bool = True, n_scored: i
 
 def _steps(model: PreTrainedModel, tokenizer: Tokenizer, recipe: Recipe) -> Iterator[float]:
     """Train through all stages; the loss of each step."""
-    optimizers = _optimizers(model, recipe)
-    schedules = [LambdaLR(optimizer, recipe.rate) for optimizer in optimizers]
-    for batch in _curriculum(tokenizer, recipe):
-        loss = _loss(model.train(), batch, recipe.context_weight)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for step in (*optimizers, *schedules):
-            step.step()
-        model.zero_grad()
-        yield loss.item()
+    for number, stages in enumerate(recipe.rounds):
+        optimizers = _optimizers(model, recipe, share=0.5**number)
+        rate = partial(recipe.rate, steps=n_steps(stages))
+        schedules = [LambdaLR(optimizer, rate) for optimizer in optimizers]
+        for batch in _curriculum(tokenizer, stages, seed=1000 * (recipe.seed + 10 * number)):
+            loss = _loss(model.train(), batch, recipe.context_weight)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for step in (*optimizers, *schedules):
+                step.step()
+            model.zero_grad()
+            yield loss.item()
 
 
-def _curriculum(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Batch]:
-    for number, stage in enumerate(recipe.stages):
-        yield from islice(batches(stage, tokenizer, seed=1000 * recipe.seed + number), stage.steps)
+def _curriculum(tokenizer: Tokenizer, stages: tuple[Stage, ...], seed: int) -> Iterator[Batch]:
+    for number, stage in enumerate(stages):
+        yield from islice(batches(stage, tokenizer, seed=seed + number), stage.steps)
 
 
-def _optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, Adam for the rest: half the steps of Adam alone."""
+def _optimizers(model: PreTrainedModel, recipe: Recipe, share: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, Adam for the rest: half the steps of Adam alone.
+
+    Both rates are that `share` of the recipe's.
+    """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=share * recipe.matrix_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=share * recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
