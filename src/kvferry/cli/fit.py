@@ -39,7 +39,7 @@ def fit(
 ) -> None:
     """Fit an aligner: in closed form, then by the receiver's answers, through every codec in turn."""
     from kvferry.align.folder import save_aligner
-    from kvferry.models.load import load
+    from kvferry.models.load import load, public_name
     from kvferry.train.card import card
     from kvferry.train.examples import source_of
     from kvferry.train.fit import DEFAULT_CODECS, Recipe
@@ -50,14 +50,9 @@ def fit(
     source, target = load(sender), load(receiver)
     with _Progress(recipe) as on_step:
         fitted = fit_pair(source, target, source_of(data, target.prompt), recipe, on_step=on_step)
-    names = _public(sender), _public(receiver)
+    names = public_name(sender), public_name(receiver)
     save_aligner(fitted.aligner, out, card(fitted, *names, _command(*names, data, recipe)))
     _show(fitted, out, json)
-
-
-def _public(model: str) -> str:
-    """A model's name, without the folders it lies in."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 class _Progress:

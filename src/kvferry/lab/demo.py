@@ -7,7 +7,6 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,7 @@ from kvferry.lab.peer import Peer, receiver_process
 from kvferry.lab.point import Point, commit, machine, versions
 from kvferry.lab.run import Outcome, Score, run_alone, run_arm
 from kvferry.metrics.paired import binomial_test
+from kvferry.models.load import public_name
 from kvferry.session.sender import Sender
 
 N_OTHERS = 64
@@ -100,8 +100,8 @@ def _point(demo: Demo, arm: str, recipe: str, outcome: Outcome, score: Score, ti
     return Point(
         arm=arm,
         recipe=recipe,
-        sender=_public(demo.sender),
-        receiver=_public(demo.receiver),
+        sender=public_name(demo.sender),
+        receiver=public_name(demo.receiver),
         task=str(demo.worlds),
         split=demo.worlds.split,
         n=demo.n_items,
@@ -114,11 +114,6 @@ def _point(demo: Demo, arm: str, recipe: str, outcome: Outcome, score: Score, ti
         versions=versions(),
         commit=commit(),
     )
-
-
-def _public(model: str) -> str:
-    """A model's name, without the folders it lies in."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 def _processes(peer: Peer) -> list[dict[str, str | int]]:

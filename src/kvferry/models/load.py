@@ -106,6 +106,11 @@ def wrap(
     return Model(name or str(hf.config.name_or_path), hf, tokenizer, geometry, prompt or prompt_of(tokenizer))
 
 
+def public_name(model: str) -> str:
+    """A model's name for cards and reports, without the folders it lies in."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def _locate(name: str) -> str:
     if name in zoo_names():
         return str(zoo_path(name))

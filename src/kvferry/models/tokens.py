@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from kvferry.errors import UsageError
 from kvferry.kv import Role, Spans
 
 
@@ -42,20 +41,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], role: Role 
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], roles: Sequence[Role]) -> list[Row]:
-    """`encode` without padding, each text in its own role. Raises `UsageError` for a tokenizer without offsets."""
+    """`encode` without padding, each text in its own role."""
     if not texts:
         return []
-    try:
-        found = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,  # length is our business, and an error of ours
-        )
-    except NotImplementedError:
-        cure = "Load a fast tokenizer (tokenizer.json)"
-        raise UsageError(f"{type(tokenizer).__name__} gives no offsets", cure=cure) from None
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,  # length is our business, and an error of ours
+    )
     rows = zip(texts, roles, found["input_ids"], found["offset_mapping"], strict=True)
     return [_row(tokenizer, text, role, list(ids), offsets) for text, role, ids, offsets in rows]
 
