@@ -19,13 +19,17 @@ from kvferry.errors import (
     KvferryError,
     LimitExceeded,
     Malformed,
+    NotAuthentic,
     Truncated,
+    UnknownContract,
     UnknownSegment,
     UnsupportedVersion,
     WireError,
 )
 from kvferry.kv import Plan
 from kvferry.wire import (
+    Agreement,
+    FrameType,
     Limits,
     MessageKind,
     Segment,
@@ -37,6 +41,8 @@ from kvferry.wire import (
     unpack_prefix,
 )
 
+KEY = bytes(range(32))
+OTHER_MODEL = Agreement(model_hash=1)
 KV_CACHE = contract.cache(((1, 3, 2), (2, 1, 1)), n_tokens=5)
 HOLES = Plan.everything(KV_CACHE)
 HOLES.classes[1, :, 2:4] = 0
@@ -45,7 +51,18 @@ HONEST = {
     "text": pack(text_frame("hi")),
     "hello": pack(json_frame(MessageKind.HELLO, {"grid": "sender"})),
     "kv": pack(KV_FRAME),
+    "short": pack(replace(KV_FRAME, short=True)),
+    "sealed": pack(KV_FRAME, KEY),
 }
+SEALED = 4
+
+
+def read(data, how=unpack):
+    """As a receiver would that has agreed to the contract and holds the key where one was used."""
+    sealed = data[:4] == b"\x89KVW" and data[7:8] == bytes([SEALED])
+    return how(data, agreements=(KV_FRAME.agreement,), key=KEY if sealed else None)
+
+
 every_frame = pytest.mark.parametrize("data", HONEST.values(), ids=HONEST)
 
 
@@ -53,7 +70,7 @@ every_frame = pytest.mark.parametrize("data", HONEST.values(), ids=HONEST)
 def test_cut_at_every_byte(data):
     for cut in range(len(data)):
         with pytest.raises(Truncated):
-            unpack(data[:cut])
+            read(data[:cut])
 
 
 @every_frame
@@ -62,16 +79,16 @@ def test_every_bit_flipped(data):
         bad = bytearray(data)
         bad[bit // 8] ^= 1 << bit % 8
         with pytest.raises(WireError):
-            unpack(bad)
+            read(bad)
 
 
 @every_frame
 def test_bytes_behind_the_end(data):
     for tail in (b"\0", data):
         with pytest.raises(Malformed, match="follow END"):
-            unpack(data + tail)
+            read(data + tail)
         with pytest.raises(Malformed, match="follow END"):
-            unpack_prefix(data + tail)
+            read(data + tail, unpack_prefix)
 
 
 @every_frame
@@ -79,22 +96,25 @@ def test_a_byte_left_out_or_doubled(data):
     for at in range(len(data)):
         for bad in (data[:at] + data[at + 1 :], data[: at + 1] + data[at:]):
             with pytest.raises(WireError):
-                unpack(bad)
+                read(bad)
 
 
 HEADERS = {
     "magic": ({"magic": b"PK\3\4"}, Malformed),
-    "next major": ({"major": 1}, UnsupportedVersion),
-    "last major": ({"major": 255}, UnsupportedVersion),
-    "other minor": ({"minor": 2}, UnsupportedVersion),
+    "major 0": ({"major": 0}, UnsupportedVersion),
+    "next major": ({"major": 2}, UnsupportedVersion),
+    "last major": ({"major": 255, "minor": 255}, UnsupportedVersion),
     "kind 0": ({"kind": 0}, Malformed),
     "kind 8": ({"kind": 8}, Malformed),
     "kind 255": ({"kind": 255}, Malformed),
-    "frame type 2": ({"frame_type": 2}, Malformed),
-    "frame type 255": ({"frame_type": 255}, Malformed),
-    "second flag": ({"flags": 2}, Malformed),
-    "highest flag": ({"flags": 0x8000}, Malformed),
-    "I with a reference": ({"reference_id": 1}, Malformed),
+    "fourth flag": ({"flags": 8}, Malformed),
+    "highest flag": ({"flags": 0x80}, Malformed),
+    "sealed without a seal": ({"flags": 4}, NotAuthentic),
+    "I with a distance": ({"distance": 1}, Malformed),
+    "I with a distance to frame 0": ({"distance": 1, "frame_id": 1}, Malformed),
+    "I with a reference state": ({"reference_hash": 1}, Malformed),
+    "P without a distance": ({"flags": 1, "frame_id": 9}, Malformed),
+    "P before the first frame": ({"flags": 1, "frame_id": 9, "distance": 10}, Malformed),
     "4 G tokens": ({"n_tokens": 2**32 - 1}, LimitExceeded),
 }
 
@@ -107,14 +127,105 @@ def test_header(fields, error):
         unpack_prefix(forge.frame(forge.TEXT, **fields))
 
 
-@pytest.mark.parametrize(
-    "field", ["frame_id", "model_hash", "geometry_hash", "tokenizer_hash", "profile_hash"]
-)
+SHORT_HEADERS = {
+    "magic": ({"magic": b"\x89kvW"}, Malformed),
+    "kind 0": ({"kind": 0}, Malformed),
+    "kind 255": ({"kind": 255}, Malformed),
+    "P": ({"flags": 1}, Malformed),
+    "fourth flag": ({"flags": 8}, Malformed),
+    "highest flag": ({"flags": 0x80}, Malformed),
+    "sealed without a seal": ({"flags": 4}, NotAuthentic),
+    "another contract": ({"contract_id": forge.contract_id(0, 1)}, UnknownContract),
+    "contract 0": ({"contract_id": 0}, UnknownContract),
+    "last contract": ({"contract_id": 2**32 - 1}, UnknownContract),
+    "4 G tokens": ({"n_tokens": 2**32 - 1}, LimitExceeded),
+}
+
+
+@pytest.mark.parametrize(("fields", "error"), SHORT_HEADERS.values(), ids=SHORT_HEADERS)
+def test_short_header(fields, error):
+    for how in (unpack, unpack_prefix):
+        assert how(forge.short_frame(forge.TEXT), agreements=(Agreement(),))
+        with pytest.raises(error):
+            how(forge.short_frame(forge.TEXT, **fields), agreements=(Agreement(),))
+
+
+LARGEST = {"frame_id": 2**32 - 1, "step": 2**15 - 1, "minor": 255} | {
+    f"{name}_hash": 2**64 - 1 for name in ("model", "geometry", "tokenizer", "profile")
+}
+
+
+@pytest.mark.parametrize("field", LARGEST)
 def test_header_fields_that_may_be_anything(field):
-    highest = 2**32 - 1 if field == "frame_id" else 2**64 - 1
-    data = forge.frame(forge.TEXT, **{field: highest})
-    assert getattr(unpack(data), field) == highest
+    data = forge.frame(forge.TEXT, **{field: LARGEST[field]})
+    assert getattr(unpack(data), field) == LARGEST[field]
     assert pack(unpack(data)) == data
+
+
+@pytest.mark.parametrize("field", ["frame_id", "step"])
+def test_short_header_fields_that_may_be_anything(field):
+    data = forge.short_frame(forge.TEXT, **{field: LARGEST[field]})
+    frame = unpack(data, agreements=(OTHER_MODEL, Agreement()))
+    assert getattr(frame, field) == LARGEST[field]
+    assert pack(frame) == data
+
+
+@pytest.mark.parametrize(("frame_id", "distance"), [(1, 1), (2**32 - 1, 1), (2**32 - 1, 2**16 - 1)])
+def test_a_p_frame_refers_back(frame_id, distance):
+    data = forge.frame(forge.TEXT, flags=1, frame_id=frame_id, distance=distance, reference_hash=2**64 - 1)
+    frame = unpack(data)
+    assert (frame.frame_type, frame.reference_id) == (FrameType.P, frame_id - distance)
+    assert frame.reference_hash == 2**64 - 1
+    assert pack(frame) == data
+
+
+SEALS = {
+    "none": (forge.frame(forge.TEXT), NotAuthentic),
+    "of another key": (forge.sealed_frame(forge.TEXT, key=bytes(32)), NotAuthentic),
+    "no flag": (forge.sealed_frame(forge.TEXT, key=KEY, flags=0), NotAuthentic),
+    "no MAC": (forge.frame(forge.TEXT, flags=SEALED), Malformed),
+    "MAC of zeros": (forge.closed(forge.header(flags=SEALED) + forge.TEXT, 1, bytes(16)), NotAuthentic),
+    "MAC of 15 bytes": (forge.closed(forge.header(flags=SEALED) + forge.TEXT, 1, bytes(15)), Malformed),
+    "MAC of 17 bytes": (forge.closed(forge.header(flags=SEALED) + forge.TEXT, 1, bytes(17)), Malformed),
+    "MAC of another frame": (
+        forge.closed(
+            forge.header(flags=SEALED) + forge.segment(32, b"ho"),
+            1,
+            forge.sealed_frame(forge.TEXT, key=KEY)[-16:],
+        ),
+        NotAuthentic,
+    ),
+    "MAC of the frame without its last segment": (
+        forge.closed(
+            forge.header(flags=SEALED) + forge.TEXT + forge.TEXT,
+            2,
+            forge.sealed_frame(forge.TEXT, key=KEY)[-16:],
+        ),
+        NotAuthentic,
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "error"), SEALS.values(), ids=SEALS)
+def test_seal(data, error):
+    for how in (unpack, unpack_prefix):
+        assert how(forge.sealed_frame(forge.TEXT, key=KEY), key=KEY)
+        with pytest.raises(error) as caught:
+            how(data, key=KEY)
+        assert caught.value.cure
+
+
+def test_a_reader_without_a_key_refuses_what_is_sealed():
+    for how in (unpack, unpack_prefix):
+        with pytest.raises(NotAuthentic, match="holds no key"):
+            how(forge.sealed_frame(forge.TEXT, key=KEY))
+
+
+def test_a_sealed_frame_has_no_prefix():
+    data = forge.sealed_frame(forge.TEXT, key=KEY)
+    for cut in range(len(forge.header()), len(data)):
+        with pytest.raises(NotAuthentic, match="is cut"):
+            unpack_prefix(data[:cut], key=KEY)
 
 
 def _end(count: int, digest_of: bytes, extra: bytes = b"") -> bytes:
@@ -163,7 +274,7 @@ def test_segments(data, error):
 
 
 def test_unknown_ancillary_segments_are_skipped_and_kept():
-    data = forge.frame(forge.segment(7, b"?", flags=0), forge.TEXT, forge.segment(99, b"!", flags=0))
+    data = forge.frame(forge.segment(9, b"?", flags=0), forge.TEXT, forge.segment(99, b"!", flags=0))
     frame = unpack(data)
     assert [segment.body for segment in frame.skipped] == [b"?", b"!"]
     assert [segment.body for segment in frame.segments] == [b"hi"]

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,19 @@ from hypothesis import strategies as st
 import contract
 from attacks import forge
 from kvferry.codec import CODECS, decode
-from kvferry.errors import LimitExceeded, Malformed, Truncated, UsageError
+from kvferry.errors import LimitExceeded, Malformed, Truncated, UnknownContract, UsageError
 from kvferry.wire import (
     HEADER_BYTES,
+    MAC_BYTES,
+    SHORT_HEADER_BYTES,
+    Agreement,
     Frame,
     FrameType,
     Limits,
     MessageKind,
     Segment,
     SegmentType,
+    TokenGrid,
     json_frame,
     pack,
     packed_bytes,
@@ -36,6 +41,8 @@ FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
 KNOWN = [kind for kind in SegmentType if kind != SegmentType.END]
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 FEW = Limits(max_tokens=2**32)
+KEY = bytes(range(32))
+OTHER = Agreement(model_hash=1, profile_hash=2)
 
 
 FIELDS = st.fixed_dictionaries(
@@ -43,7 +50,11 @@ FIELDS = st.fixed_dictionaries(
         "kind": st.sampled_from(MessageKind),
         "frame_type": st.sampled_from(FrameType),
         "frame_id": U32,
-        "reference_id": U32,
+        "distance": st.integers(1, 2**16 - 1),
+        "reference_hash": U64,
+        "grid": st.sampled_from(TokenGrid),
+        "minor": st.integers(0, 255),
+        "short": st.booleans(),
         "step": st.integers(-(2**15), 2**15 - 1),
         "n_tokens": U32,
         "model_hash": U64,
@@ -51,40 +62,54 @@ FIELDS = st.fixed_dictionaries(
         "tokenizer_hash": U64,
         "profile_hash": U64,
         "segments": st.lists(st.tuples(st.sampled_from(KNOWN), st.binary(max_size=200)), max_size=6),
-        "skipped": st.lists(st.tuples(st.sampled_from([0, 7, 99, 254]), st.binary(max_size=9)), max_size=3),
+        "skipped": st.lists(st.tuples(st.sampled_from([0, 9, 99, 254]), st.binary(max_size=9)), max_size=3),
     }
 )
 
 
 def made(fields) -> Frame:
+    """A P frame refers back as far as its id allows and is never short; an I frame refers to nothing."""
+    fields = dict(fields)
+    distance = min(fields.pop("distance"), fields["frame_id"])
+    is_p = fields["frame_type"] == FrameType.P and distance > 0
     segments = [Segment(kind, body, kind != SegmentType.SPANS) for kind, body in fields["segments"]]
     skipped = [Segment(kind, body, critical=False) for kind, body in fields["skipped"]]
-    reference = fields["reference_id"] if fields["frame_type"] == FrameType.P else 0
-    whole = {"reference_id": reference, "segments": tuple(segments), "skipped": tuple(skipped)}
+    whole = {
+        "frame_type": FrameType(is_p),
+        "reference_id": fields["frame_id"] - distance if is_p else 0,
+        "reference_hash": fields["reference_hash"] if is_p else 0,
+        "short": fields["short"] and not is_p,
+        "segments": tuple(segments),
+        "skipped": tuple(skipped),
+    }
     return Frame(**{**fields, **whole})
 
 
+@pytest.mark.parametrize("key", [None, KEY], ids=["open", "sealed"])
 @settings(deadline=None, max_examples=40)
 @given(fields=FIELDS)
-def test_what_is_packed_comes_back(fields):
+def test_what_is_packed_comes_back(key, fields):
     frame = made(fields)
-    data = pack(frame)
-    assert unpack(data, FEW) == frame
-    assert pack(unpack(data, FEW)) == data
-    assert len(data) == packed_bytes([len(s.body) for s in (*frame.segments, *frame.skipped)])
+    data = pack(frame, key)
+    agreements = (OTHER, frame.agreement)
+    assert unpack(data, FEW, agreements, key) == frame
+    assert pack(unpack(data, FEW, agreements, key), key) == data
+    lengths = [len(s.body) for s in (*frame.segments, *frame.skipped)]
+    header_bytes = SHORT_HEADER_BYTES if frame.short else HEADER_BYTES
+    assert len(data) == packed_bytes(lengths, header_bytes, MAC_BYTES if key else 0)
 
 
 @settings(deadline=None, max_examples=10)
 @given(fields=FIELDS)
 def test_a_prefix_gives_whole_segments_and_never_more(fields):
     frame = made(fields)
-    data = pack(frame)
-    for cut in range(HEADER_BYTES, len(data)):
-        prefix = unpack_prefix(data[:cut], FEW)
+    data, agreements = pack(frame), (frame.agreement,)
+    for cut in range(SHORT_HEADER_BYTES if frame.short else HEADER_BYTES, len(data)):
+        prefix = unpack_prefix(data[:cut], FEW, agreements)
         assert prefix.missing
         assert prefix.n_bytes_used <= cut
         assert prefix.frame.segments == frame.segments[: len(prefix.frame.segments)]
-    whole = unpack_prefix(data, FEW)
+    whole = unpack_prefix(data, FEW, agreements)
     assert (whole.frame, whole.n_bytes_used, whole.missing) == (frame, len(data), None)
 
 
@@ -112,10 +137,45 @@ def test_any_buffer_is_read(kind):
 
 def test_a_frame_from_the_specification_alone_is_ours():
     assert forge.frame(forge.TEXT) == pack(text_frame("hi"))
+    assert forge.short_frame(forge.TEXT) == pack(replace(text_frame("hi"), short=True))
+    assert forge.sealed_frame(forge.TEXT, key=KEY) == pack(text_frame("hi"), KEY)
 
 
-def test_the_header_is_small():
-    assert HEADER_BYTES == len(forge.header()) <= 64
+def test_headers_are_small():
+    assert HEADER_BYTES == len(forge.header()) == 64
+    assert SHORT_HEADER_BYTES == len(forge.short_header()) == 24
+
+
+def test_a_contract_id_is_computed_from_what_was_agreed():
+    assert Agreement(1, 2, 3, 4, minor=5).contract_id == forge.contract_id(5, 1, 2, 3, 4)
+    frame = Frame(MessageKind.KV, model_hash=1, geometry_hash=2, tokenizer_hash=3, profile_hash=4)
+    ids = {
+        replace(frame, **{field: 9}).agreement.contract_id for field in (*frame.agreement.__dict__, "step")
+    }
+    assert len(ids) == 6
+    with pytest.raises(UsageError, match="out of range"):
+        Agreement(model_hash=2**64).contract_id.bit_length()
+
+
+def test_a_short_header_needs_an_agreement():
+    frame = Frame(MessageKind.KV, model_hash=1, short=True)
+    assert unpack(pack(frame), agreements=(OTHER, frame.agreement)) == frame
+    for agreements in ((), (OTHER,)):
+        with pytest.raises(UnknownContract, match="hello first"):
+            unpack(pack(frame), agreements=agreements)
+
+
+def test_a_later_minor_is_read():
+    frame = Frame(MessageKind.KV, minor=7)
+    assert unpack(pack(frame)).minor == 7
+
+
+@pytest.mark.parametrize("key", [b"", bytes(15), bytes(65)])
+def test_a_key_has_16_to_64_bytes(key):
+    with pytest.raises(UsageError, match=f"key of {len(key)} bytes"):
+        pack(text_frame("hi"), key)
+    with pytest.raises(UsageError, match=f"key of {len(key)} bytes"):
+        unpack(forge.sealed_frame(forge.TEXT, key=key[:64]), key=key)
 
 
 @pytest.mark.parametrize(
@@ -127,12 +187,20 @@ def test_the_header_is_small():
         {"model_hash": 2**64},
         {"step": 2**15},
         {"reference_id": 1},
+        {"reference_hash": 1},
+        {"frame_type": FrameType.P},
+        {"frame_type": FrameType.P, "frame_id": 1, "reference_id": 1},
+        {"frame_type": FrameType.P, "frame_id": 1, "reference_id": 2},
+        {"frame_type": FrameType.P, "frame_id": 2**16},
+        {"frame_type": FrameType.P, "frame_id": 1, "short": True},
+        {"minor": 256},
+        {"model_hash": 2**64, "short": True},
         {"segments": (Segment(SegmentType.END, b""),)},
-        {"segments": (Segment(7, b""),)},
+        {"segments": (Segment(9, b""),)},
         {"segments": (Segment(SegmentType.SPEC, b"", critical=False),)},
         {"segments": (Segment(SegmentType.SPANS, b""),)},
         {"skipped": (Segment(SegmentType.SPEC, b""),)},
-        {"skipped": (Segment(7, b"", critical=True),)},
+        {"skipped": (Segment(9, b"", critical=True),)},
     ],
 )
 def test_pack_refuses_what_it_could_not_read_again(fields):
@@ -217,7 +285,7 @@ def test_json_has_a_limit():
 
 
 def test_a_short_header_has_no_prefix():
-    with pytest.raises(Truncated, match="59 bytes"):
+    with pytest.raises(Truncated, match="63 bytes"):
         unpack_prefix(pack(text_frame("hi"))[: HEADER_BYTES - 1])
 
 
@@ -227,7 +295,9 @@ def test_the_example_of_the_format_page():
     kv = contract.cache(((1, 2, 2),), n_tokens=1)
     kv.groups[0].keys[:] = kv.groups[0].keys.new_tensor([1.0, -0.5])
     kv.groups[0].values[:] = kv.groups[0].values.new_tensor([0.0, 7.0])
-    data = pack(CODECS.parse("int(4)").encode(kv))
+    frame = CODECS.parse("int(4)").encode(kv)
+    data = pack(frame)
+    assert pack(replace(frame, short=True))[:24].hex(" ") in FORMAT.read_text()
     assert bytes.fromhex("".join(rows)).hex(" ") == data.hex(" ")
     assert decode(unpack(data), kv.geometry).groups[0].values.flatten().tolist() == [0.0, 7.0]
 

@@ -19,10 +19,13 @@ KvferryError
 │   ├── Truncated               fewer bytes than announced
 │   ├── Malformed               a field outside its range, a hole, an overlap, a wrong order
 │   ├── ChecksumMismatch        the bytes were changed on the way
-│   ├── UnsupportedVersion      written by a newer major version
+│   ├── UnsupportedVersion      written in another major version of the format
 │   ├── UnknownSegment          a critical segment this version does not know
+│   ├── NotAuthentic            no seal where one is needed, a wrong one, or one that cannot be checked
 │   └── LimitExceeded           valid so far, but larger than the reader allows
 ├── ContractError               a valid message that this receiver must not use
+│   ├── UnknownContract         a short header that names a contract this reader has not agreed to
+│   ├── ForeignProfile          coded with a profile that this reader does not hold
 │   ├── ForeignModel            other weights, geometry or tokenizer than the aligner was fitted for
 │   ├── GridMismatch            another token grid
 │   └── CodecNotCovered         a codec that the aligner was not fitted under
@@ -145,10 +148,19 @@ class UnsupportedVersion(WireError): ...
 class UnknownSegment(WireError): ...
 
 
+class NotAuthentic(WireError): ...
+
+
 class LimitExceeded(WireError): ...
 
 
 class ContractError(KvferryError): ...
+
+
+class UnknownContract(ContractError): ...
+
+
+class ForeignProfile(ContractError): ...
 
 
 class ForeignModel(ContractError): ...

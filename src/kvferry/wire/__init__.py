@@ -4,16 +4,29 @@ The format is normative in docs/format.md.
 """
 
 from kvferry.wire.frame import Frame, Prefix, pack, packed_bytes, unpack, unpack_prefix
-from kvferry.wire.header import HEADER_BYTES, MAJOR, MINOR, FrameType, MessageKind, TokenGrid
+from kvferry.wire.header import (
+    HEADER_BYTES,
+    MAJOR,
+    MINOR,
+    SHORT_HEADER_BYTES,
+    Agreement,
+    FrameType,
+    MessageKind,
+    TokenGrid,
+)
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
+from kvferry.wire.seal import MAC_BYTES
 from kvferry.wire.segments import Segment, SegmentType
 from kvferry.wire.text import json_frame, read_json, read_text, text_frame
 
 __all__ = [
     "DEFAULT_LIMITS",
     "HEADER_BYTES",
+    "MAC_BYTES",
     "MAJOR",
     "MINOR",
+    "SHORT_HEADER_BYTES",
+    "Agreement",
     "Frame",
     "FrameType",
     "Limits",

@@ -1,17 +1,24 @@
 """A frame: header, segments in order of type, END. Bytes in, `Frame` out; no socket, clock or tensor here.
 
-One content has one byte string: `pack(unpack(b)) == b` and `unpack(pack(f)) == f`.
+One content has one byte string: `pack(unpack(b)) == b` and `unpack(pack(f)) == f`, in either form of the header.
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
-from kvferry.errors import ChecksumMismatch, LimitExceeded, Malformed, Truncated, UsageError
-from kvferry.wire.header import HEADER_BYTES, Header, read_header, write_header
+from kvferry.errors import ChecksumMismatch, LimitExceeded, Malformed, NotAuthentic, Truncated, UsageError
+from kvferry.wire.header import (
+    HEADER_BYTES,
+    Agreement,
+    Header,
+    read_header,
+    write_header,
+)
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
+from kvferry.wire.seal import MAC_BYTES, check_key, check_mac, mac, require_seal
 from kvferry.wire.segments import ANCILLARY, Segment, SegmentType, read_segment, segment_bytes, write_segment
 from kvferry.wire.varint import read_varint, write_varint
 
@@ -57,15 +64,15 @@ class Prefix:
     missing: str | None
 
 
-def pack(frame: Frame) -> bytes:
-    """The bytes of a frame; `UsageError` for a field outside its range.
+def pack(frame: Frame, key: bytes | None = None) -> bytes:
+    """The bytes of a frame, sealed if there is a key; `UsageError` for a field outside its range.
 
     >>> from kvferry.wire import MessageKind
     >>> frame = Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT, b"hi"),))
     >>> len(pack(frame)), unpack(pack(frame)) == frame
-    (85, True)
+    (89, True)
     """
-    parts = [write_header(frame)]
+    parts = [write_header(frame, sealed=key is not None)]
     ordered = _in_order((*frame.segments, *frame.skipped))
     for segment in ordered:
         _check_writable(segment, segment in frame.skipped)
@@ -74,44 +81,78 @@ def pack(frame: Frame) -> bytes:
     for part in parts:
         digest.update(part)
     end = write_varint(len(ordered)) + _DIGEST.pack(digest.intdigest())
+    if key is not None:
+        check_key(key)
+        end += mac(key, parts)
     return b"".join([*parts, *write_segment(Segment(SegmentType.END, end))])
 
 
-def packed_bytes(lengths: Iterable[int]) -> int:
-    """`len(pack(frame))` for segments whose bodies have these lengths.
+def packed_bytes(lengths: Iterable[int], header_bytes: int = HEADER_BYTES, mac_bytes: int = 0) -> int:
+    """`len(pack(frame))` for segments whose bodies have these lengths, by default with the full header and no seal.
 
-    >>> packed_bytes([2])
-    85
+    >>> from kvferry.wire import SHORT_HEADER_BYTES
+    >>> packed_bytes([2]), packed_bytes([2], SHORT_HEADER_BYTES), packed_bytes([2], mac_bytes=MAC_BYTES)
+    (89, 49, 105)
     """
     sizes = [segment_bytes(length) for length in lengths]
-    return HEADER_BYTES + sum(sizes) + segment_bytes(len(write_varint(len(sizes))) + _DIGEST.size)
+    end = len(write_varint(len(sizes))) + _DIGEST.size + mac_bytes
+    return header_bytes + sum(sizes) + segment_bytes(end)
 
 
-def unpack(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS) -> Frame:
-    """The frame that `data` is, to the last byte, or the `WireError` that says why it is none."""
-    prefix = unpack_prefix(data, limits)
+def unpack(
+    data: bytes | bytearray | memoryview,
+    limits: Limits = DEFAULT_LIMITS,
+    agreements: Sequence[Agreement] = (),
+    key: bytes | None = None,
+) -> Frame:
+    """The frame that `data` is, to the last byte, or the `WireError` that says why it is none.
+
+    `agreements` are the contracts that a short header may name (`UnknownContract` for another one). With a `key` only
+    frames sealed with it are read, without one only those that are not: `NotAuthentic`.
+    """
+    prefix = _walk(data, limits, agreements, key)
     if prefix.missing:
         raise Truncated(f"{len(data)} bytes and no END: {prefix.missing}", cure="Read the frame whole")
     return prefix.frame
 
 
-def unpack_prefix(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS) -> Prefix:
+def unpack_prefix(
+    data: bytes | bytearray | memoryview,
+    limits: Limits = DEFAULT_LIMITS,
+    agreements: Sequence[Agreement] = (),
+    key: bytes | None = None,
+) -> Prefix:
     """The whole segments of a frame whose tail may be missing; never half a segment.
 
     The header must be there whole (`Truncated` otherwise). Without END nothing vouches for the number of segments,
-    but each one that is returned passed its own checksum.
+    but each one that is returned passed its own checksum. A seal covers a frame whole, so with a `key` a cut one raises
+    `NotAuthentic`.
     """
+    prefix = _walk(data, limits, agreements, key)
+    if prefix.missing and key is not None:
+        cure = "Wait for the whole frame: its seal covers all of it"
+        raise NotAuthentic(f"the frame is cut, {prefix.missing}", cure=cure)
+    return prefix
+
+
+def _walk(
+    data: bytes | bytearray | memoryview,
+    limits: Limits,
+    agreements: Sequence[Agreement],
+    key: bytes | None,
+) -> Prefix:
     view = memoryview(data).cast("B")
     _check_at_most(len(view), limits.max_bytes, "bytes", "max_bytes")
-    header = read_header(view, limits)
+    header, offset, sealed = read_header(view, limits, agreements)
+    require_seal(sealed, key)
     segments: list[Segment] = []
-    offset, missing = HEADER_BYTES, None
+    missing = None
     while missing is None:
         found = read_segment(view, offset, limits)
         if found is None:
             missing = f"the bytes from {offset} on hold {len(view) - offset} of an unfinished segment"
         elif found[0].type == SegmentType.END:
-            _check_end(found[0].body, view[:offset], len(segments))
+            _check_end(found[0].body, view[:offset], len(segments), key)
             _check_no_tail(found[1], len(view))
             return Prefix(_frame(header, segments), found[1], None)
         else:
@@ -154,14 +195,18 @@ def _check_order(segments: list[Segment]) -> None:
         raise Malformed(what, cure="Write segments in order of type")
 
 
-def _check_end(body: bytes, covered: memoryview, n_segments: int) -> None:
+def _check_end(body: bytes, covered: memoryview, n_segments: int, key: bytes | None) -> None:
     count = read_varint(memoryview(body), 0)
-    if count is None or len(body) != count[1] + _DIGEST.size:
-        raise Malformed(f"END has {len(body)} bytes", cure="Write a count and a digest of 8 bytes")
+    mac_bytes = 0 if key is None else MAC_BYTES
+    if count is None or len(body) != count[1] + _DIGEST.size + mac_bytes:
+        cure = f"Write a count, a digest of {_DIGEST.size} bytes and a MAC of {mac_bytes}"
+        raise Malformed(f"END has {len(body)} bytes", cure=cure)
     if count[0] != n_segments:
         raise Malformed(f"END counts {count[0]} segments, {n_segments} came", cure="Ask for the frame again")
     if _DIGEST.unpack_from(body, count[1])[0] != xxhash.xxh3_64_intdigest(covered):
         raise ChecksumMismatch("the frame was changed on the way", cure="Ask for the frame again")
+    if key is not None:
+        check_mac(body[-MAC_BYTES:], key, covered)
 
 
 def _check_no_tail(end: int, length: int) -> None:

@@ -1,11 +1,14 @@
-"""The first 60 bytes of a frame: what it is, whom it is for, and a checksum of their own.
+"""The start of a frame: what it is, whom it is for, and a checksum of its own. Everything is little-endian.
 
-Everything is little-endian. The layout is normative in docs/format.md.
+The full form, 64 bytes, stands alone. In the short form, 24 bytes, a contract id stands for version and hashes, which
+both sides know since hello. The layouts are normative in docs/format.md.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import xxhash
 
@@ -14,16 +17,22 @@ from kvferry.errors import (
     LimitExceeded,
     Malformed,
     Truncated,
+    UnknownContract,
     UnsupportedVersion,
     UsageError,
 )
 from kvferry.wire.limits import Limits
 
 MAGIC = b"\x89KVW"
-MAJOR, MINOR = 0, 1
-_FIELDS = struct.Struct("<4sBBBBHhIIIQQQQ")
+SHORT_MAGIC = b"\x89kvw"
+MAJOR, MINOR = 1, 0
+_FULL = struct.Struct("<4sBBBBhHIIQQQQQ")
+_SHORT = struct.Struct("<4sBBhIII")
+_CONTRACT = struct.Struct("<BBQQQQ")
 _CHECKSUM = struct.Struct("<I")
-HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+HEADER_BYTES = _FULL.size + _CHECKSUM.size
+SHORT_HEADER_BYTES = _SHORT.size + _CHECKSUM.size
+_P_FRAME, _RECEIVER_GRID, _SEALED = 1, 2, 4
 
 
 class MessageKind(IntEnum):
@@ -39,7 +48,7 @@ class MessageKind(IntEnum):
 
 
 class FrameType(IntEnum):
-    """I stands alone; P needs the frame that `reference_id` names."""
+    """I stands alone; P needs the state that the frame `reference_id` left."""
 
     I = 0  # noqa: E741 (the letter of video coding)
     P = 1
@@ -53,18 +62,45 @@ class TokenGrid(IntEnum):
 
 
 _KINDS = frozenset(int(member) for member in MessageKind)
-_TYPES = frozenset(int(member) for member in FrameType)
-_GRIDS = frozenset(int(member) for member in TokenGrid)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a hello settles and a short header need not repeat: the four hashes, and the minor version of the writer.
+
+    >>> Agreement(model_hash=1).contract_id == Agreement(model_hash=1).contract_id != Agreement().contract_id
+    True
+    """
+
+    model_hash: int = 0
+    geometry_hash: int = 0
+    tokenizer_hash: int = 0
+    profile_hash: int = 0
+    minor: int = MINOR
+
+    @property
+    def contract_id(self) -> int:
+        """The low 32 bits of XXH3-64 over major u8, minor u8 and the hashes u64 in the order of the fields.
+
+        Both sides compute it, so nobody hands out ids. `UsageError` for a hash beyond 64 bits.
+        """
+        hashes = (self.model_hash, self.geometry_hash, self.tokenizer_hash, self.profile_hash)
+        return checksum(_packed(_CONTRACT, MAJOR, self.minor, *hashes))
 
 
 @dataclass(frozen=True)
 class Header:
-    """The fields of the header. Hashes are the first 64 bits of the fingerprints; 0 means none."""
+    """The fields of the header. Hashes are the first 64 bits of the fingerprints; 0 means none.
+
+    A P frame refers to one of the 65,535 frames before it.
+    """
 
     kind: MessageKind
     frame_type: FrameType = FrameType.I
     frame_id: int = 0
     reference_id: int = 0
+    reference_hash: int = 0
+    """64 bits over the state that the frame `reference_id` left at the receiver; 0 in an I frame."""
     step: int = 0
     """Quantiser step of the frame, i of 2**(i/64); 0 where the codec has none."""
     n_tokens: int = 0
@@ -73,6 +109,25 @@ class Header:
     tokenizer_hash: int = 0
     profile_hash: int = 0
     grid: TokenGrid = TokenGrid.SENDER
+    minor: int = MINOR
+    """The minor version of the format that the frame was written in."""
+    short: bool = False
+    """Written in the short form, for readers that know `agreement` since hello."""
+
+    @property
+    def agreement(self) -> Agreement:
+        """What a reader must know for the short form of this header."""
+        return Agreement(
+            self.model_hash, self.geometry_hash, self.tokenizer_hash, self.profile_hash, self.minor
+        )
+
+
+class Start(NamedTuple):
+    """What stands at the start of a frame."""
+
+    header: Header
+    n_bytes: int
+    sealed: bool
 
 
 def checksum(*parts: bytes | memoryview) -> int:
@@ -87,71 +142,132 @@ def checksum(*parts: bytes | memoryview) -> int:
     return state.intdigest() & 0xFFFFFFFF
 
 
-def write_header(header: Header) -> bytes:
-    """The 60 bytes of a header; `UsageError` for a field outside its range."""
-    if header.frame_type == FrameType.I and header.reference_id:
-        raise UsageError(
-            f"an I frame refers to frame {header.reference_id}", cure="Set reference_id to 0 or make it P"
-        )
-    try:
-        fields = _FIELDS.pack(
-            MAGIC, MAJOR, MINOR, header.kind, header.frame_type, header.grid, *_numbers(header)
-        )
-    except struct.error as error:
-        cure = "Ids and n_tokens take 32 bits, hashes 64, step 16 signed"
-        raise UsageError(f"a header field is out of range in {header}: {error}", cure=cure) from None
+def header_bytes(view: memoryview) -> int:
+    """The length of the header at the start of `view`: 64 or 24; `Malformed` for another magic, `Truncated`."""
+    magic = bytes(view[: len(MAGIC)])
+    if len(magic) == len(MAGIC) and magic not in (MAGIC, SHORT_MAGIC):
+        what = f"the bytes begin with {magic.hex()}, a frame with {MAGIC.hex()} or {SHORT_MAGIC.hex()}"
+        raise Malformed(what, cure="Give a KVWire frame")
+    length = SHORT_HEADER_BYTES if magic == SHORT_MAGIC else HEADER_BYTES
+    if len(view) < length:
+        raise Truncated(f"{len(view)} bytes, a header has {length}", cure="Read the frame whole")
+    return length
+
+
+def write_header(header: Header, sealed: bool = False) -> bytes:
+    """The 64 or 24 bytes of a header; `UsageError` for a field outside its range. `sealed`: END carries a MAC."""
+    is_p = header.frame_type == FrameType.P
+    distance = header.frame_id - header.reference_id if is_p else header.reference_id
+    fault = _reference_fault(is_p, header.frame_id, distance, header.reference_hash)
+    if fault or (is_p and header.short):
+        cure = "Set reference_id and reference_hash in P frames alone, and write those with the full header"
+        raise UsageError(fault or "a P frame has no short header", cure=cure)
+    flags = is_p * _P_FRAME | (header.grid == TokenGrid.RECEIVER) * _RECEIVER_GRID | sealed * _SEALED
+    if header.short:
+        numbers = (header.step, header.agreement.contract_id, header.frame_id, header.n_tokens)
+        fields = _packed(_SHORT, SHORT_MAGIC, header.kind, flags, *numbers)
+    else:
+        numbers = (header.step, distance, header.frame_id, header.n_tokens, header.reference_hash)
+        hashes = (header.model_hash, header.geometry_hash, header.tokenizer_hash, header.profile_hash)
+        fields = _packed(_FULL, MAGIC, MAJOR, header.minor, header.kind, flags, *numbers, *hashes)
     return fields + _CHECKSUM.pack(checksum(fields))
 
 
-def _numbers(header: Header) -> tuple[int, ...]:
-    hashes = (header.model_hash, header.geometry_hash, header.tokenizer_hash, header.profile_hash)
-    return header.step, header.frame_id, header.reference_id, header.n_tokens, *hashes
+def _packed(layout: struct.Struct, *values: bytes | int) -> bytes:
+    try:
+        return layout.pack(*values)
+    except struct.error as error:
+        cure = "Ids and n_tokens take 32 bits, hashes 64, step 16 signed, minor 8"
+        raise UsageError(f"a header field is out of range in {values}: {error}", cure=cure) from None
 
 
-def read_header(view: memoryview, limits: Limits) -> Header:
-    """The header at the start of `view`, or the `WireError` that says why there is none.
+def read_header(view: memoryview, limits: Limits, agreements: Sequence[Agreement] = ()) -> Start:
+    """The header at the start of `view`, or the error that says why there is none.
 
-    Magic and version come before the checksum: a newer major version may place its checksum elsewhere.
+    Magic and version come before the checksum: another major version may place its checksum elsewhere. A short header
+    of none of the `agreements` raises `UnknownContract`, everything else a `WireError`.
     """
-    if len(view) < HEADER_BYTES:
-        raise Truncated(f"{len(view)} bytes, a header has {HEADER_BYTES}", cure="Read the frame whole")
-    magic, major, minor, kind, frame_type, flags, *numbers = _FIELDS.unpack_from(view)
-    _check_version(magic, major, minor)
-    if checksum(view[: _FIELDS.size]) != _CHECKSUM.unpack_from(view, _FIELDS.size)[0]:
+    length = header_bytes(view)
+    is_short = length == SHORT_HEADER_BYTES
+    if not is_short:
+        _check_major(view[len(MAGIC)])
+    body = length - _CHECKSUM.size
+    if checksum(view[:body]) != _CHECKSUM.unpack_from(view, body)[0]:
         raise ChecksumMismatch("the header was changed on the way", cure="Ask for the frame again")
-    step, frame_id, reference_id, n_tokens, *hashes = numbers
-    _check_fields(kind, frame_type, flags, reference_id)
-    if n_tokens > limits.max_tokens:
+    header, flags = _read_short(view, agreements) if is_short else _read_full(view)
+    if header.n_tokens > limits.max_tokens:
         cure = "Send fewer tokens or raise Limits.max_tokens"
-        raise LimitExceeded(f"{n_tokens} tokens, the limit is {limits.max_tokens}", cure=cure)
-    return Header(
-        MessageKind(kind),
-        FrameType(frame_type),
-        frame_id,
-        reference_id,
-        step,
-        n_tokens,
-        *hashes,
-        grid=TokenGrid(flags),
+        raise LimitExceeded(f"{header.n_tokens} tokens, the limit is {limits.max_tokens}", cure=cure)
+    return Start(header, length, bool(flags & _SEALED))
+
+
+def _read_full(view: memoryview) -> tuple[Header, int]:
+    _, _, minor, kind, flags, step, *numbers = _FULL.unpack_from(view)
+    distance, frame_id, n_tokens, reference_hash, model, geometry, tokenizer, profile = numbers
+    _check_kind_and_flags(kind, flags, _P_FRAME | _RECEIVER_GRID | _SEALED)
+    is_p = bool(flags & _P_FRAME)
+    fault = _reference_fault(is_p, frame_id, distance, reference_hash)
+    if fault:
+        raise Malformed(fault, cure="Write the frame with kvferry.wire.pack")
+    header = Header(
+        kind=MessageKind(kind),
+        frame_type=FrameType(is_p),
+        frame_id=frame_id,
+        reference_id=frame_id - distance if is_p else 0,
+        reference_hash=reference_hash,
+        step=step,
+        n_tokens=n_tokens,
+        model_hash=model,
+        geometry_hash=geometry,
+        tokenizer_hash=tokenizer,
+        profile_hash=profile,
+        grid=_grid(flags),
+        minor=minor,
     )
+    return header, flags
 
 
-def _check_version(magic: bytes, major: int, minor: int) -> None:
-    if magic != MAGIC:
-        raise Malformed(
-            f"the bytes begin with {magic.hex()}, a frame with {MAGIC.hex()}", cure="Give a KVWire frame"
-        )
-    # Major 0 promises nothing between its minors, so there only the own one is read.
-    if (major, minor) != (MAJOR, MINOR):
-        cure = "Use the same release of kvferry on both sides"
-        raise UnsupportedVersion(f"format {major}.{minor}, this reader knows {MAJOR}.{MINOR}", cure=cure)
+def _read_short(view: memoryview, agreements: Sequence[Agreement]) -> tuple[Header, int]:
+    _, kind, flags, step, contract_id, frame_id, n_tokens = _SHORT.unpack_from(view)
+    _check_kind_and_flags(kind, flags, _RECEIVER_GRID | _SEALED)
+    for agreed in agreements:
+        if agreed.contract_id == contract_id:
+            header = Header(
+                MessageKind(kind),
+                grid=_grid(flags),
+                frame_id=frame_id,
+                step=step,
+                n_tokens=n_tokens,
+                short=True,
+                **agreed.__dict__,
+            )
+            return header, flags
+    known = ", ".join(f"{agreed.contract_id:08x}" for agreed in agreements) or "none"
+    cure = "Say hello first, or send the full header"
+    raise UnknownContract(f"contract {contract_id:08x} is not one of this reader's: {known}", cure=cure)
 
 
-def _check_fields(kind: int, frame_type: int, flags: int, reference_id: int) -> None:
+def _grid(flags: int) -> TokenGrid:
+    return TokenGrid.RECEIVER if flags & _RECEIVER_GRID else TokenGrid.SENDER
+
+
+def _check_major(major: int) -> None:
+    if major != MAJOR:
+        cure = "Use a release of kvferry that writes and reads the same major version"
+        raise UnsupportedVersion(f"format {major}, this reader knows {MAJOR}", cure=cure)
+
+
+def _check_kind_and_flags(kind: int, flags: int, defined: int) -> None:
     cure = "Write the frame with kvferry.wire.pack"
-    if kind not in _KINDS or frame_type not in _TYPES:
-        raise Malformed(f"message kind {kind} or frame type {frame_type} does not exist", cure=cure)
-    if flags not in _GRIDS:
-        raise Malformed(f"header flags {flags:#06x}: only bit 0, the grid, is defined", cure=cure)
-    if frame_type == FrameType.I and reference_id:
-        raise Malformed(f"an I frame refers to frame {reference_id}", cure=cure)
+    if kind not in _KINDS:
+        raise Malformed(f"message kind {kind} does not exist", cure=cure)
+    if flags & ~defined:
+        raise Malformed(f"header flags {flags:#04x}, here only {defined:#04x} are defined", cure=cure)
+
+
+def _reference_fault(is_p: bool, frame_id: int, distance: int, reference_hash: int) -> str | None:
+    if is_p and not 1 <= distance <= min(frame_id, 0xFFFF):
+        return f"P frame {frame_id} refers {distance} frames back, 1 to {min(frame_id, 0xFFFF)} may be"
+    if not is_p and (distance or reference_hash):
+        return f"an I frame refers to another one: {distance}, state {reference_hash:016x}"
+    return None

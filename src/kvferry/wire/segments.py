@@ -27,6 +27,8 @@ class SegmentType(IntEnum):
     POSITIONS = 4
     ROLES = 5
     SPANS = 6
+    CLASSES = 7
+    WEIGHTS = 8
     PAYLOAD = 16
     TEXT = 32
     JSON = 33
