@@ -520,6 +520,6 @@ except LinkError as error:
 def test_without_room_the_old_message_stays_and_no_part_is_left(tmp_path: Path) -> None:
     path = tmp_path / "m.kvw"
     said = subprocess.run([sys.executable, "-c", NO_ROOM, path], capture_output=True, text=True, check=True)
-    assert "cannot write a message of 5000 bytes" in said.stdout
+    assert "cannot write 5000 bytes" in said.stdout
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

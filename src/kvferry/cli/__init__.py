@@ -10,8 +10,11 @@ from kvferry.cli.ask import ask
 from kvferry.cli.demo import demo
 from kvferry.cli.fit import fit
 from kvferry.cli.group import Verbs
+from kvferry.cli.inspect import inspect
+from kvferry.cli.pack import pack_file
 from kvferry.cli.send import send
 from kvferry.cli.serve import serve
+from kvferry.cli.unpack import unpack_file
 from kvferry.cli.zoo import zoo
 
 app = typer.Typer(
@@ -20,16 +23,20 @@ app = typer.Typer(
 app.command()(ask)
 app.command()(serve)
 app.command()(send)
+app.command("pack")(pack_file)
+app.command("unpack")(unpack_file)
+app.command()(inspect)
 app.command()(demo)
 app.command()(fit)
 app.command()(aligners)
 app.add_typer(zoo, name="zoo")
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         print(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvferry.codec import Codec
 
 SENDER, RECEIVER, CODEC = "llama", "gemma3", "int(bits=8)"
+_SHORTEST_KEY, _LONGEST_KEY = 16, 64
 HOST, PORT = "127.0.0.1", 7070
 
 ContextOption = Annotated[
@@ -26,6 +27,9 @@ AlignerOption = Annotated[
 CodecOption = Annotated[str, typer.Option(help="How the cache is coded: raw, int(bits=8), int(bits=4), ...")]
 MaxBytesOption = Annotated[int | None, typer.Option(help="Cap of the message.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeyFileOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Its 16 to 64 bytes are the key that seals the message.")
+]
 HostOption = Annotated[str, typer.Option(help="Address of the receiver.")]
 PortOption = Annotated[int, typer.Option(help="Its TCP port; where a receiver starts, 0 takes a free one.")]
 
@@ -42,6 +46,22 @@ def read_context(name: str) -> str:
     if not text.strip():
         raise EmptyContext(f"{name} holds no text", cure="Give the sender something to read")
     return text
+
+
+def read_key(file: Path | None) -> bytes | None:
+    """The key in a file, to the last byte; a `UsageError` where there is none."""
+    if file is None:
+        return None
+    cure = "Make one: head -c 32 /dev/urandom > key"
+    try:
+        with file.open("rb") as opened:
+            key = opened.read(_LONGEST_KEY + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the key {file}: {error.strerror}", cure=cure) from None
+    if not _SHORTEST_KEY <= len(key) <= _LONGEST_KEY:
+        limits = f"{_SHORTEST_KEY} to {_LONGEST_KEY} are needed"
+        raise UsageError(f"the key {file} has {len(key)} bytes or more, {limits}", cure=cure)
+    return key
 
 
 def choose_codec(spec: str) -> "Codec":
