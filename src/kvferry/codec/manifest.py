@@ -9,17 +9,39 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from kvferry.codec import segments as seg
-from kvferry.errors import ForeignModel, LimitExceeded, Malformed, ShapeMismatch, UsageError
+from kvferry.codec.classes import MAX_CLASS, read_classes, write_classes
+from kvferry.errors import ForeignModel, ForeignProfile, LimitExceeded, Malformed, ShapeMismatch, UsageError
 from kvferry.kv import KV, Geometry, Group, KeySpace, Spans
-from kvferry.wire import Frame, FrameType, Limits, MessageKind, Segment, SegmentType
+from kvferry.wire import Agreement, Frame, FrameType, Limits, MessageKind, Segment, SegmentType
 
 _MAX_POSITION = 1 << 31
-_SPARE_BYTES, _BYTES_PER_TOKEN = 1 << 16, 32
-"""A segment of the manifest is at most this long: 65,536 bytes and 32 for each token."""
+_SPARE_BYTES, _BYTES_PER_TOKEN, _BYTES_PER_SLOT = 1 << 16, 32, 4
+"""A segment of the manifest is at most this long: 65,536 bytes, 32 for each token and 4 for it in each layer."""
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a codec writes beside the numbers themselves; a frame that has anything else is refused.
+
+    >>> Uses(step=True, classes=True).profile_hash
+    0
+    """
+
+    step: bool = False
+    """The step in the header means something; otherwise it is 0."""
+    classes: bool = False
+    """Tokens of different precision classes are coded differently: segment CLASSES."""
+    weights: bool = False
+    """Segment WEIGHTS, whose body is the codec's own."""
+    profile_hash: int = 0
+    """The one profile that the codec holds; 0 for none."""
+
+
+PLAIN = Uses()
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +54,8 @@ class Manifest:
     present: Bool[np.ndarray, "layers tokens"]
     positions: Int[np.ndarray, "axes tokens"]
     spans: Spans
+    classes: UInt8[np.ndarray, "layers 2 tokens"] | None = None
+    """1 to 15 where a layer holds a token, 0 elsewhere; None for codecs that treat all alike."""
 
     @property
     def n_tokens(self) -> int:
@@ -43,12 +67,13 @@ class Manifest:
         return self.present.sum(axis=1).tolist()
 
     def segments(self) -> tuple[Segment, ...]:
-        """Everything but spans, which are not sent unless asked for: SHAPE, TOKENS, POSITIONS, ROLES."""
+        """Everything but spans, which are not sent unless asked for: SHAPE, TOKENS, POSITIONS, ROLES, CLASSES."""
         bodies = {
             SegmentType.SHAPE: seg.write_shape(seg.shape_runs(self.geometry), self.space, self.call_length),
             SegmentType.TOKENS: seg.write_tokens(self.present),
             SegmentType.POSITIONS: seg.write_positions(self.positions),
             SegmentType.ROLES: seg.write_roles(self.spans.role),
+            SegmentType.CLASSES: None if self.classes is None else write_classes(self.classes),
         }
         return tuple(Segment(kind, body) for kind, body in bodies.items() if body is not None)
 
@@ -65,8 +90,16 @@ class Manifest:
         )
 
 
-def manifest_of(kv: KV, keep: Bool[Tensor, "layers tokens"]) -> Manifest:
-    """The manifest of the slots `keep` of a single sequence; tokens that no layer keeps do not exist in it."""
+def manifest_of(
+    kv: KV,
+    keep: Bool[Tensor, "layers tokens"],
+    classes: UInt8[Tensor, "layers 2 tokens"] | None = None,
+) -> Manifest:
+    """The manifest of the slots `keep` of a single sequence; tokens that no layer keeps do not exist in it.
+
+    `classes` are those of the plan, for codecs that use them: 1 to 15 in every slot that is kept (`UsageError`
+    otherwise); others pass None and write none.
+    """
     kept = keep.cpu().numpy()
     index = np.flatnonzero(kept.any(axis=0))
     positions = kv.positions[:, 0].cpu().numpy().astype(np.int64)[:, index]
@@ -74,7 +107,26 @@ def manifest_of(kv: KV, keep: Bool[Tensor, "layers tokens"]) -> Manifest:
     if furthest >= _MAX_POSITION or not 0 <= kv.call_length < _MAX_POSITION:
         what = f"a position of {furthest} or a call of {kv.call_length} tokens"
         raise ShapeMismatch(what, cure=f"Positions and lengths stay below {_MAX_POSITION}")
-    return Manifest(kv.geometry, kv.space, kv.call_length, kept[:, index], positions, kv.spans[0].take(index))
+    return Manifest(
+        geometry=kv.geometry,
+        space=kv.space,
+        call_length=kv.call_length,
+        present=kept[:, index],
+        positions=positions,
+        spans=kv.spans[0].take(index),
+        classes=None if classes is None else _kept_classes(classes.cpu().numpy(), kept)[..., index],
+    )
+
+
+def _kept_classes(
+    classes: UInt8[np.ndarray, "layers 2 tokens"], kept: Bool[np.ndarray, "layers tokens"]
+) -> UInt8[np.ndarray, "layers 2 tokens"]:
+    wrong = ((classes < 1) | (classes > MAX_CLASS)) & kept[:, None]
+    if wrong.any():
+        layer, part, token = np.argwhere(wrong)[0]
+        what = f"layer {layer}, {('key', 'value')[part]} of token {token} is in class {classes[layer, part, token]}"
+        raise UsageError(what, cure=f"Kept tokens have classes 1 to {MAX_CLASS}")
+    return np.where(kept[:, None], classes, np.uint8(0))
 
 
 def spans_segment(spans: Spans) -> Segment:
@@ -82,22 +134,41 @@ def spans_segment(spans: Spans) -> Segment:
     return Segment(SegmentType.SPANS, seg.write_spans(spans), critical=False)
 
 
-def kv_frame(geometry: Geometry, n_tokens: int, segments: tuple[Segment, ...]) -> Frame:
-    """A KV frame with the hashes of its sender."""
-    model, shape, tokenizer = _hashes(geometry)
+def kv_frame(
+    geometry: Geometry,
+    n_tokens: int,
+    segments: tuple[Segment, ...],
+    *,
+    step: int = 0,
+    profile_hash: int = 0,
+) -> Frame:
+    """A KV frame with the hashes of its sender. `step` is i of 2**(i/64), `profile_hash` that of the profile used."""
+    agreed = agreement_of(geometry, profile_hash)
     return Frame(
         MessageKind.KV,
+        step=step,
         n_tokens=n_tokens,
-        model_hash=model,
-        geometry_hash=shape,
-        tokenizer_hash=tokenizer,
+        model_hash=agreed.model_hash,
+        geometry_hash=agreed.geometry_hash,
+        tokenizer_hash=agreed.tokenizer_hash,
+        profile_hash=profile_hash,
         segments=segments,
     )
 
 
-def read_manifest(frame: Frame, geometry: Geometry, limits: Limits) -> Manifest:
-    """What a frame says of a cache of `geometry`; `ForeignModel`, `Malformed` or `LimitExceeded` otherwise."""
-    check_sender(frame, geometry)
+def agreement_of(geometry: Geometry, profile_hash: int = 0) -> Agreement:
+    """What the headers of a sender's messages say in hashes, for short headers: one for each profile it may use."""
+    model, shape, tokenizer = _hashes(geometry)
+    return Agreement(model, shape, tokenizer, profile_hash)
+
+
+def read_manifest(frame: Frame, geometry: Geometry, limits: Limits, uses: Uses = PLAIN) -> Manifest:
+    """What a frame says of a cache of `geometry`, for a codec that `uses` these.
+
+    `classes` are 1 where the frame has none, and None if the codec does not use them. Raises `ForeignModel`,
+    `ForeignProfile`, `Malformed` or `LimitExceeded`.
+    """
+    check_sender(frame, geometry, uses)
     _check_sizes(frame, geometry, limits)
     space, call_length = _checked_shape(frame, geometry)
     n = frame.n_tokens
@@ -107,20 +178,21 @@ def read_manifest(frame: Frame, geometry: Geometry, limits: Limits) -> Manifest:
         raise Malformed(f"a position beyond {_MAX_POSITION}", cure="Positions count tokens")
     roles = seg.read_roles(frame.body(SegmentType.ROLES), n)
     spans = seg.read_spans(frame.body(SegmentType.SPANS), roles)
-    manifest = Manifest(geometry, space, call_length, present, positions, spans)
-    _check_canonical(frame, manifest)
+    classes = read_classes(frame.body(SegmentType.CLASSES), present) if uses.classes else None
+    manifest = Manifest(geometry, space, call_length, present, positions, spans, classes)
+    _check_canonical(frame, manifest, uses)
     return manifest
 
 
-def check_sender(frame: Frame, geometry: Geometry) -> None:
+def check_sender(frame: Frame, geometry: Geometry, uses: Uses = PLAIN) -> None:
     """Raise `ForeignModel` unless the frame comes from this model, geometry and tokenizer.
 
-    Raises `Malformed` if it is no KV frame that stands alone.
+    Raises `Malformed` if it is no KV frame that stands alone, `ForeignProfile` if it was coded with another profile.
     """
-    if frame.kind != MessageKind.KV or frame.frame_type != FrameType.I or frame.step or frame.profile_hash:
-        what = f"kind {frame.kind.name}, type {frame.frame_type.name}, step {frame.step}, "
-        what += f"profile {frame.profile_hash:#x}"
-        raise Malformed(what, cure="This codec reads KV frames of type I without step and profile")
+    if frame.kind != MessageKind.KV or frame.frame_type != FrameType.I or (frame.step and not uses.step):
+        what = f"kind {frame.kind.name}, type {frame.frame_type.name}, step {frame.step}"
+        cure = f"This codec reads KV frames of type I{'' if uses.step else ' without a step'}"
+        raise Malformed(what, cure=cure)
     came = (frame.model_hash, frame.geometry_hash, frame.tokenizer_hash)
     for what, got, want in zip(("model", "geometry", "tokenizer"), came, _hashes(geometry), strict=True):
         if got != want:
@@ -128,6 +200,14 @@ def check_sender(frame: Frame, geometry: Geometry) -> None:
             raise ForeignModel(
                 f"the message's {what} is {got:016x}, this receiver knows {want:016x}", cure=cure
             )
+    if frame.profile_hash != uses.profile_hash:
+        what = f"the message was coded with {_profile(frame.profile_hash)}"
+        cure = "Give both sides the same profile, or code without one"
+        raise ForeignProfile(f"{what}, this codec holds {_profile(uses.profile_hash)}", cure=cure)
+
+
+def _profile(profile_hash: int) -> str:
+    return f"profile {profile_hash:016x}" if profile_hash else "no profile"
 
 
 def wire_hash(digest: str) -> int:
@@ -158,7 +238,7 @@ def _check_sizes(frame: Frame, geometry: Geometry, limits: Limits) -> None:
         raise LimitExceeded(
             f"{what}, the limits are {limits.max_tokens} and {limits.max_elements}", cure=cure
         )
-    longest = _SPARE_BYTES + _BYTES_PER_TOKEN * frame.n_tokens
+    longest = _SPARE_BYTES + frame.n_tokens * (_BYTES_PER_TOKEN + _BYTES_PER_SLOT * geometry.n_layers)
     for segment in frame.segments:
         if segment.type < SegmentType.PAYLOAD and len(segment.body) > longest:
             what = f"segment {SegmentType(segment.type).name} has {len(segment.body)} bytes"
@@ -176,11 +256,12 @@ def _checked_shape(frame: Frame, geometry: Geometry) -> tuple[KeySpace, int]:
     return space, call_length
 
 
-def _check_canonical(frame: Frame, manifest: Manifest) -> None:
+def _check_canonical(frame: Frame, manifest: Manifest, uses: Uses) -> None:
     again = manifest.segments()
+    elsewhere = {SegmentType.SPEC, SegmentType.PAYLOAD, *([SegmentType.WEIGHTS] if uses.weights else [])}
     if frame.body(SegmentType.SPANS) is not None:
         again = (*again, spans_segment(manifest.spans))
-    came = tuple(s for s in frame.segments if s.type not in (SegmentType.SPEC, SegmentType.PAYLOAD))
+    came = tuple(s for s in frame.segments if s.type not in elsewhere)
     if came != again:
         names = [SegmentType(segment.type).name for segment in came]
         raise Malformed(f"segments {names} are not written canonically", cure="Write them with kvferry.codec")

@@ -10,13 +10,13 @@ from itertools import groupby
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from kvferry.codec.sets import read_number, read_set, write_set
 from kvferry.codec.varints import read_varints, unzigzag, write_varints, zigzag
 from kvferry.errors import Malformed
 from kvferry.kv import Geometry, KeySpace, Spans
-from kvferry.wire.varint import read_varint, write_varint
+from kvferry.wire.varint import write_varint
 
 _SPACES: tuple[KeySpace, ...] = ("content", "rotated")
-_RANGE, _BITMAP = 0, 1
 _SPAN_NUMBERS = 3
 
 
@@ -42,21 +42,12 @@ def read_shape(body: bytes) -> tuple[list[tuple[int, int, int, int]], KeySpace, 
 
 
 def write_tokens(present: Bool[np.ndarray, "layers tokens"]) -> bytes | None:
-    """Which layers hold which tokens: per run of equal layers the smaller of a range and a bitmap."""
+    """Which layers hold which tokens: per run of equal layers a set in its shortest form (sets.py)."""
     if present.all():
         return None
     runs = groupby(present, key=lambda row: row.tobytes())
     rows = [(next(run), 1 + sum(1 for _ in run)) for _, run in runs]
-    return b"".join(write_varint(count) + _write_set(row) for row, count in rows)
-
-
-def _write_set(row: Bool[np.ndarray, " tokens"]) -> bytes:
-    held = np.flatnonzero(row)
-    start, stop = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
-    bitmap = bytes([_BITMAP]) + np.packbits(row, bitorder="little").tobytes()
-    as_range = bytes([_RANGE]) + write_varint(start) + write_varint(stop - start)
-    whole = stop - start == len(held)
-    return as_range if whole and len(as_range) <= len(bitmap) else bitmap
+    return b"".join(write_varint(count) + write_set(row) for row, count in rows)
 
 
 def read_tokens(body: bytes | None, n_layers: int, n_tokens: int) -> Bool[np.ndarray, "layers tokens"]:
@@ -65,42 +56,15 @@ def read_tokens(body: bytes | None, n_layers: int, n_tokens: int) -> Bool[np.nda
     view, offset = memoryview(body), 0
     rows: list[Bool[np.ndarray, " tokens"]] = []
     while offset < len(body):
-        count, offset = _number(view, offset)
+        count, offset = read_number(view, offset)
         if not 0 < count <= n_layers - len(rows):
             raise Malformed(f"TOKENS names more than {n_layers} layers or none", cure="Name each layer once")
-        row, offset = _read_set(view, offset, n_tokens)
+        row, offset = read_set(view, offset, n_tokens)
         rows += [row] * count
     if len(rows) != n_layers or not np.any(rows, axis=0).all():
         what = f"TOKENS names {len(rows)} of {n_layers} layers, or a token is in none"
         raise Malformed(what, cure="Name each layer once and count only tokens that are sent")
     return np.stack(rows)
-
-
-def _read_set(view: memoryview, offset: int, n_tokens: int) -> tuple[Bool[np.ndarray, " tokens"], int]:
-    mode, offset = _number(view, offset)
-    if mode == _RANGE:
-        start, offset = _number(view, offset)
-        length, offset = _number(view, offset)
-        if start + length > n_tokens:
-            raise Malformed(
-                f"TOKENS reaches {start + length} of {n_tokens} tokens", cure="Stay inside the message"
-            )
-        index = np.arange(n_tokens)
-        return (index >= start) & (index < start + length), offset
-    end = offset + (n_tokens + 7) // 8
-    if mode != _BITMAP or end > len(view):
-        raise Malformed(
-            f"TOKENS set of kind {mode} ends at {end} of {len(view)}", cure="Write a range or a bitmap"
-        )
-    bits = np.unpackbits(np.frombuffer(view[offset:end], np.uint8), bitorder="little")
-    return bits[:n_tokens].astype(bool), end
-
-
-def _number(view: memoryview, offset: int) -> tuple[int, int]:
-    found = read_varint(view, offset)
-    if found is None:
-        raise Malformed("TOKENS is cut", cure="Write each set whole")
-    return found
 
 
 def write_positions(positions: Int[np.ndarray, "axes tokens"]) -> bytes | None:
