@@ -309,6 +309,24 @@ def test_inspect_says_what_is_no_message(tmp_path: Path, data: bytes) -> None:
     assert found["error"]["what"]
 
 
+NO_TORCH = """
+import sys
+from kvferry.cli import main
+sys.argv = ["kvferry", "inspect", sys.argv[1]]
+try:
+    main()
+finally:
+    print({"torch", "transformers", "safetensors"} & set(sys.modules))
+"""
+
+
+def test_inspect_needs_no_torch(message: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, message], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_inspect_prints_a_table(message: Path) -> None:
     lines = kvferry("inspect", message).splitlines()
     assert lines[0].startswith("KVWire ") and "KV" in lines[0]

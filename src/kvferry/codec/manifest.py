@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvferry.codec import segments as seg
 from kvferry.codec.classes import MAX_CLASS, read_classes, write_classes
+from kvferry.codec.extent import read_shape, read_tokens, write_shape, write_tokens
 from kvferry.errors import ForeignModel, ForeignProfile, LimitExceeded, Malformed, ShapeMismatch, UsageError
 from kvferry.kv import KV, Geometry, Group, KeySpace, Spans
 from kvferry.wire import Agreement, Frame, FrameType, Limits, MessageKind, Segment, SegmentType
@@ -69,8 +70,8 @@ class Manifest:
     def segments(self) -> tuple[Segment, ...]:
         """Everything but spans, which are not sent unless asked for: SHAPE, TOKENS, POSITIONS, ROLES, CLASSES."""
         bodies = {
-            SegmentType.SHAPE: seg.write_shape(seg.shape_runs(self.geometry), self.space, self.call_length),
-            SegmentType.TOKENS: seg.write_tokens(self.present),
+            SegmentType.SHAPE: write_shape(seg.shape_runs(self.geometry), self.space, self.call_length),
+            SegmentType.TOKENS: write_tokens(self.present),
             SegmentType.POSITIONS: seg.write_positions(self.positions),
             SegmentType.ROLES: seg.write_roles(self.spans.role),
             SegmentType.CLASSES: None if self.classes is None else write_classes(self.classes),
@@ -172,7 +173,7 @@ def read_manifest(frame: Frame, geometry: Geometry, limits: Limits, uses: Uses =
     _check_sizes(frame, geometry, limits)
     space, call_length = _checked_shape(frame, geometry)
     n = frame.n_tokens
-    present = seg.read_tokens(frame.body(SegmentType.TOKENS), geometry.n_layers, n)
+    present = read_tokens(frame.body(SegmentType.TOKENS), geometry.n_layers, n)
     positions = seg.read_positions(frame.body(SegmentType.POSITIONS), n)
     if np.abs(positions).max(initial=0) >= _MAX_POSITION:
         raise Malformed(f"a position beyond {_MAX_POSITION}", cure="Positions count tokens")
@@ -249,7 +250,7 @@ def _checked_shape(frame: Frame, geometry: Geometry) -> tuple[KeySpace, int]:
     body = frame.body(SegmentType.SHAPE)
     if body is None:
         raise Malformed("a KV frame without SHAPE", cure="Send a segment SHAPE")
-    runs, space, call_length = seg.read_shape(body)
+    runs, space, call_length = read_shape(body)
     if runs != seg.shape_runs(geometry):
         what = f"SHAPE says {runs}, the sender's geometry {seg.shape_runs(geometry)}"
         raise Malformed(what, cure="Runs are (layers, heads, key_dim, value_dim)")

@@ -1,4 +1,4 @@
-"""What a message says beside its numbers, one pair of functions per segment: shape, tokens, positions, roles, spans.
+"""What a message says of its tokens, one pair of functions per segment: positions, roles, spans. See also extent.py.
 
 Each writer has one output per content, so a reader need not look for needless zeros or unmerged runs: `manifest.py`
 writes again what it has read and compares. A default is not written at all: the writer then returns None.
@@ -8,15 +8,12 @@ Bytes are specified in docs/format.md.
 from itertools import groupby
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Int, UInt8
 
-from kvferry.codec.sets import read_number, read_set, write_set
 from kvferry.codec.varints import read_varints, unzigzag, write_varints, zigzag
 from kvferry.errors import Malformed
-from kvferry.kv import Geometry, KeySpace, Spans
-from kvferry.wire.varint import write_varint
+from kvferry.kv import Geometry, Spans
 
-_SPACES: tuple[KeySpace, ...] = ("content", "rotated")
 _SPAN_NUMBERS = 3
 
 
@@ -24,47 +21,6 @@ def shape_runs(geometry: Geometry) -> list[tuple[int, int, int, int]]:
     """`(layers, heads, key_dim, value_dim)` for each run of equal layers."""
     shapes = [(layer.heads, layer.key_dim, layer.value_dim) for layer in geometry.layers]
     return [(len(list(run)), *shape) for shape, run in groupby(shapes)]
-
-
-def write_shape(runs: list[tuple[int, int, int, int]], space: KeySpace, call_length: int) -> bytes:
-    numbers = [_SPACES.index(space), call_length, *(number for run in runs for number in run)]
-    return write_varints(np.array(numbers, np.int64))
-
-
-def read_shape(body: bytes) -> tuple[list[tuple[int, int, int, int]], KeySpace, int]:
-    numbers = read_varints(body).tolist()
-    if len(numbers) % 4 != 2 or numbers[0] >= len(_SPACES):
-        raise Malformed(
-            f"SHAPE of {len(numbers)} numbers", cure="Write key space, call length and runs of four"
-        )
-    runs = [tuple(numbers[at : at + 4]) for at in range(2, len(numbers), 4)]
-    return runs, _SPACES[numbers[0]], numbers[1]
-
-
-def write_tokens(present: Bool[np.ndarray, "layers tokens"]) -> bytes | None:
-    """Which layers hold which tokens: per run of equal layers a set in its shortest form (sets.py)."""
-    if present.all():
-        return None
-    runs = groupby(present, key=lambda row: row.tobytes())
-    rows = [(next(run), 1 + sum(1 for _ in run)) for _, run in runs]
-    return b"".join(write_varint(count) + write_set(row) for row, count in rows)
-
-
-def read_tokens(body: bytes | None, n_layers: int, n_tokens: int) -> Bool[np.ndarray, "layers tokens"]:
-    if body is None:
-        return np.broadcast_to(np.True_, (n_layers, n_tokens))
-    view, offset = memoryview(body), 0
-    rows: list[Bool[np.ndarray, " tokens"]] = []
-    while offset < len(body):
-        count, offset = read_number(view, offset)
-        if not 0 < count <= n_layers - len(rows):
-            raise Malformed(f"TOKENS names more than {n_layers} layers or none", cure="Name each layer once")
-        row, offset = read_set(view, offset, n_tokens)
-        rows += [row] * count
-    if len(rows) != n_layers or not np.any(rows, axis=0).all():
-        what = f"TOKENS names {len(rows)} of {n_layers} layers, or a token is in none"
-        raise Malformed(what, cure="Name each layer once and count only tokens that are sent")
-    return np.stack(rows)
 
 
 def write_positions(positions: Int[np.ndarray, "axes tokens"]) -> bytes | None:

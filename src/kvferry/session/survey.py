@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from kvferry.codec.extent import read_shape, read_tokens
 from kvferry.errors import KvferryError, LimitExceeded, WireError
 from kvferry.session.message import message_of
 from kvferry.wire import (
@@ -211,14 +212,12 @@ def _text(frame: Frame) -> str | None:
 
 def _cache(frame: Frame, n_bytes: int) -> CacheRow:
     """Shape and size of the cache; `Malformed` where SPEC, SHAPE or TOKENS cannot be read."""
-    from kvferry.codec import segments as seg
-
-    runs, keys, call_length = seg.read_shape(frame.body(SegmentType.SHAPE) or b"")
+    runs, keys, call_length = read_shape(frame.body(SegmentType.SHAPE) or b"")
     n_layers = sum(run[0] for run in runs)
     if n_layers * max(frame.n_tokens, 1) > MAX_SLOTS:
         what = f"{n_layers} layers of {frame.n_tokens} tokens, the limit is {MAX_SLOTS} slots"
         raise LimitExceeded(what, cure="Unpack it where its model is known")
-    present = seg.read_tokens(frame.body(SegmentType.TOKENS), n_layers, frame.n_tokens)
+    present = read_tokens(frame.body(SegmentType.TOKENS), n_layers, frame.n_tokens)
     rows = _layer_rows([run[1:] for run in runs for _ in range(run[0])], present.sum(axis=1).tolist())
     numbers = sum(row.layers * row.tokens * row.heads * (row.key_dim + row.value_dim) for row in rows)
     bits = 8 * n_bytes / numbers if n_bytes and numbers else None
