@@ -15,6 +15,8 @@ from kvferry.wire.header import (
     TokenGrid,
 )
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
+from kvferry.wire.packets import MIN_DATAGRAM_BYTES, Datagram, cut, read_datagram
+from kvferry.wire.reassembly import Reassembly
 from kvferry.wire.seal import MAC_BYTES
 from kvferry.wire.segments import Segment, SegmentType
 from kvferry.wire.text import json_frame, read_json, read_text, text_frame
@@ -25,19 +27,24 @@ __all__ = [
     "MAC_BYTES",
     "MAJOR",
     "MINOR",
+    "MIN_DATAGRAM_BYTES",
     "SHORT_HEADER_BYTES",
     "Agreement",
+    "Datagram",
     "Frame",
     "FrameType",
     "Limits",
     "MessageKind",
     "Prefix",
+    "Reassembly",
     "Segment",
     "SegmentType",
     "TokenGrid",
+    "cut",
     "json_frame",
     "pack",
     "packed_bytes",
+    "read_datagram",
     "read_json",
     "read_text",
     "text_frame",

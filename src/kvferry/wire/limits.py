@@ -15,7 +15,8 @@ class Limits:
     """
 
     max_bytes: int = 1 << 30
-    """Length of one frame. 1 GiB holds 32k tokens of an 8-bit cache of a 0.5B to 3B model."""
+    """Length of one frame, and of all pieces of frames that are still coming. 1 GiB holds 32k tokens of an 8-bit cache
+    of a 0.5B to 3B model."""
     max_tokens: int = 1 << 20
     """Tokens of one frame: the longest contexts in use."""
     max_elements: int = 1 << 30
@@ -24,6 +25,8 @@ class Limits:
     """Segments of one frame: one per layer and some, many times over."""
     max_json: int = 1 << 20
     """Length of a JSON body: hellos and reports are small."""
+    max_in_flight: int = 64
+    """Messages whose datagrams are still coming."""
 
 
 DEFAULT_LIMITS = Limits()
