@@ -1,0 +1,7 @@
+"""The bench of the wire: what codecs cost and what they spoil, ours and others, side by side in one process.
+
+texts    real held-out text, as token ids
+subject  a model, the caches of its messages, and what it says after them
+quality  how far a coded cache is from the clean one
+coding   a batch of caches through a codec, and the exact bits
+"""
