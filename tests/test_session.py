@@ -26,6 +26,7 @@ from kvferry.errors import (
     NotFinite,
     PeerRefused,
     Truncated,
+    UnknownContract,
     UsageError,
     WireError,
 )
@@ -202,6 +203,62 @@ async def test_a_refused_message_costs_neither_the_connection_nor_the_receiver(s
         reply = (await remote.ask([message], QUESTIONS[:1]))[0]
         assert reply.text == ITEMS[0].answer
         await remote.close()
+
+
+async def test_messages_after_hello_have_short_headers(sender, receiver, message):
+    near, far = memory_pair()
+    answering = asyncio.create_task(converse(receiver, far))
+    remote = await greet(near, sender.hello())
+    assert message.frame.agreement.contract_id in remote.contracts
+    for one in (message, text_message(TEXTS[0])):
+        before = near.meter.sent["message"]
+        (reply,) = await remote.ask([one], QUESTIONS[:1])
+        assert reply.text == ITEMS[0].answer
+        assert near.meter.sent["message"] - before == len(one) - 40 == len(remote.agreed(one))
+        assert remote.agreed(one).frame.short
+        assert remote.agreed(one).agreed([]) == one
+    request = message_of(json_frame(MessageKind.REQUEST, {"questions": QUESTIONS[:1], "max_new_tokens": 32}))
+    assert near.meter.sent["request"] == 2 * (len(request) - 40)
+    await remote.close()
+    await answering
+
+
+async def test_another_contract_keeps_the_full_header_and_is_refused(sender, receiver, message):
+    """And a short header under a contract that nobody agreed to costs its request alone."""
+    near, far = memory_pair()
+    answering = asyncio.create_task(converse(receiver, far))
+    remote = await greet(near, sender.hello())
+    foreign = message_of(replace(message.frame, profile_hash=5))
+    assert remote.agreed(foreign) == foreign
+    with pytest.raises(PeerRefused, match="ForeignProfile"):
+        await remote.ask([foreign], QUESTIONS[:1])
+    with pytest.raises(PeerRefused, match="UnknownContract"):
+        await remote.ask([message_of(replace(foreign.frame, short=True))], QUESTIONS[:1])
+    assert (await remote.ask([message], QUESTIONS[:1]))[0].text == ITEMS[0].answer
+    await remote.close()
+    await answering
+
+
+def test_a_short_message_from_a_file_is_refused(receiver, message):
+    with pytest.raises(UnknownContract, match="full header"):
+        receiver.answer(message_of(replace(message.frame, short=True)), QUESTIONS[0])
+
+
+async def test_a_profile_is_part_of_the_agreement(sender, receiver, message):
+    holder = Receiver(receiver.model, receiver.aligner, profiles=[5])
+    ids = read_json(holder.welcome(sender.hello()).frame)["contracts"]
+    assert [agreed.contract_id for agreed in holder.agreements] == ids
+    assert replace(message.frame, profile_hash=5).agreement in holder.agreements
+    assert replace(message.frame, profile_hash=5).agreement not in receiver.agreements
+
+
+@pytest.mark.parametrize("answer", [{"contracts": 5}, {"contracts": ["a"]}, {"codecs": None}])
+async def test_an_answer_to_hello_that_cannot_be_read_is_refused(sender, answer):
+    near, far = memory_pair()
+    await far.send(message_of(json_frame(MessageKind.HELLO, answer)).data)
+    with pytest.raises(Malformed, match="HELLO lists"):
+        await greet(near, sender.hello())
+    await near.close()
 
 
 REQUESTS = {

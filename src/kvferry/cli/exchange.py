@@ -37,7 +37,7 @@ async def put(remote: Remote, message: Message, question: str, times: dict[str, 
     start = time.perf_counter()
     (reply,) = await remote.ask([message], [question])
     link_ms = (time.perf_counter() - start) * 1e3 - sum(reply.stages_ms.values())
-    n_bytes = {"message": len(message), "link": remote.meter.total_bytes}
+    n_bytes = {"message": len(remote.agreed(message)), "link": remote.meter.total_bytes}
     found = {**times, "link": link_ms, **reply.stages_ms}
     return Answered(
         reply.text, reply.ended_by, n_bytes, {stage: found[stage] for stage in STAGES if stage in found}

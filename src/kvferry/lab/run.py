@@ -35,7 +35,7 @@ async def run_arm(peer: Peer, sender: Sender, arm: Arm, readings: Sequence[Readi
     messages: list[Message] = []
     try:
         for reading in readings:
-            packed = arm.pack(sender, reading)
+            packed = [remote.agreed(message) for message in arm.pack(sender, reading)]
             replies += await remote.ask(packed, reading.batch.questions, max_new_tokens=MAX_NEW_TOKENS)
             messages += packed
     finally:

@@ -11,13 +11,15 @@ Rule 1: hello comes first. Rule 2: a request announces its messages, so every re
 became of the messages. Rule 3: a message that must be refused takes its request with it and nothing else: receiver and
 connection stay up.
 Rule 4: a request that cannot be read, or is too large, ends the talk: nobody knows what would follow it.
+Rule 5: the receiver's HELLO lists the contracts it accepts; requests and messages under one of them come with the short
+header.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from kvferry.errors import (
     ContractError,
@@ -33,7 +35,7 @@ from kvferry.link import Channel, Listener, connect, listen
 from kvferry.session.message import Message, message_of
 from kvferry.session.receiver import Receiver
 from kvferry.session.reply import Reply
-from kvferry.wire import Frame, MessageKind, json_frame, read_json
+from kvferry.wire import Agreement, Frame, MessageKind, json_frame, read_json
 
 _logger = logging.getLogger(__name__)
 
@@ -44,16 +46,26 @@ MAX_REQUEST_BYTES = 1 << 30
 MAX_NEW_TOKENS = 4096
 ANSWER_TIMEOUT_S = 600.0
 """The longest silence: a large batch on a slow machine computes for minutes."""
+T = TypeVar("T")
 
 
 class Remote:
     """A receiver at the other end of a channel, after hello."""
 
-    def __init__(self, channel: Channel, codecs: Sequence[str]) -> None:
+    def __init__(self, channel: Channel, codecs: Sequence[str], contracts: Sequence[int] = ()) -> None:
         self.channel = channel
         self.meter = channel.meter
         self.codecs = tuple(codecs)
         """What the receiver's aligner was fitted under; empty where any codec will do."""
+        self.contracts = frozenset(contracts)
+        """Ids of what short headers may stand for."""
+
+    def agreed(self, message: Message) -> Message:
+        """The message as it travels, short where the receiver has agreed. Damaged ones are the receiver's to refuse."""
+        try:
+            return message.agreed(self.contracts)
+        except (WireError, ContractError):
+            return message
 
     async def ask(
         self, messages: Sequence[Message], questions: Sequence[str], *, max_new_tokens: int = 32
@@ -62,10 +74,11 @@ class Remote:
         if len(messages) != len(questions):
             what = f"{len(messages)} messages and {len(questions)} questions"
             raise UsageError(what, cure="Give one question to each message")
-        request = {"questions": list(questions), "max_new_tokens": max_new_tokens}
-        await self.channel.send(message_of(json_frame(MessageKind.REQUEST, request)).data, "request")
+        content = {"questions": list(questions), "max_new_tokens": max_new_tokens}
+        request = message_of(json_frame(MessageKind.REQUEST, content))
+        await self.channel.send(self.agreed(request).data, "request")
         for message in messages:
-            await self.channel.send(message.data, "message")
+            await self.channel.send(self.agreed(message).data, "message")
         frame = await _expect(self.channel, MessageKind.REPORT, "answer")
         return _read_replies(frame, len(questions))
 
@@ -77,7 +90,7 @@ async def greet(channel: Channel, hello: Message) -> Remote:
     """Say hello over a channel; `PeerRefused` where the receiver does not accept the contract."""
     await channel.send(hello.data, "hello")
     answer = read_json(await _expect(channel, MessageKind.HELLO, "hello"))
-    return Remote(channel, [str(codec) for codec in answer.get("codecs", [])])
+    return Remote(channel, _listed(answer, "codecs", str), _listed(answer, "contracts", int))
 
 
 async def call(host: str, port: int, hello: Message, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Remote:
@@ -108,14 +121,14 @@ async def converse(receiver: Receiver, channel: Channel) -> None:
             request = await channel.receive("request")
         except PeerLost:
             return
-        accepted = await _serve_request(receiver, channel, Message(request))
+        accepted = await _serve_request(receiver, channel, Message(request, receiver.agreements))
 
 
 async def _serve_request(receiver: Receiver, channel: Channel, request: Message) -> bool:
     """Whether the conversation can go on."""
     try:
         questions, max_new_tokens = _read_request(request)
-        messages = await _receive_messages(channel, len(questions))
+        messages = await _receive_messages(channel, len(questions), receiver.agreements)
     except (WireError, ContractError) as error:
         await channel.send(_refusal(error).data, "answer")
         return False
@@ -128,11 +141,11 @@ async def _serve_request(receiver: Receiver, channel: Channel, request: Message)
     return True
 
 
-async def _receive_messages(channel: Channel, n: int) -> list[Message]:
+async def _receive_messages(channel: Channel, n: int, agreements: tuple[Agreement, ...]) -> list[Message]:
     messages: list[Message] = []
     n_bytes = 0
     for _ in range(n):
-        message = Message(await channel.receive("message"))
+        message = Message(await channel.receive("message"), agreements)
         n_bytes += len(message)
         if n_bytes > MAX_REQUEST_BYTES:
             cure = "Ask in several requests"
@@ -192,6 +205,14 @@ async def _expect(channel: Channel, kind: MessageKind, label: str) -> Frame:
             f"{frame.kind.name} came where {kind.name} belongs", cure="Use kvferry on both sides"
         )
     return frame
+
+
+def _listed(answer: dict[str, Any], name: str, kind: type[T]) -> list[T]:
+    """A list that the receiver's HELLO may leave out."""
+    found = answer.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+        raise Malformed(f"HELLO lists {name} {str(found)[:80]}", cure=f"Send a list of {kind.__name__}")
+    return found
 
 
 def _read_replies(frame: Frame, n: int) -> list[Reply]:

@@ -1,6 +1,7 @@
 """The bytes of one frame, the only thing whose size is ever reported."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from kvferry.errors import LimitExceeded, Malformed
 from kvferry.link import Meter, read_message, write_message
 from kvferry.wire import (
     DEFAULT_LIMITS,
+    Agreement,
     Frame,
+    FrameType,
     Limits,
     MessageKind,
     Segment,
@@ -34,14 +37,28 @@ class Message:
     """
 
     data: bytes
+    agreements: tuple[Agreement, ...] = field(default=(), repr=False, compare=False)
+    """What a short header may stand for."""
 
     def __len__(self) -> int:
         return len(self.data)
 
     @cached_property
     def frame(self) -> Frame:
-        """The frame inside; a `WireError` for bytes that hold none."""
-        return unpack(self.data)
+        """The frame inside; a `WireError` for bytes that hold none, `UnknownContract` for a strange short header."""
+        return unpack(self.data, agreements=self.agreements)
+
+    def agreed(self, contracts: Collection[int]) -> "Message":
+        """This message for a receiver that has agreed to these contract ids: with the short header if it can have one.
+
+        >>> message = text_message("The ring is in the barn.")
+        >>> len(message) - len(message.agreed([message.frame.agreement.contract_id]))
+        40
+        """
+        known = self.frame.frame_type == FrameType.I and self.frame.agreement.contract_id in contracts
+        if known == self.frame.short:
+            return self
+        return Message(pack(replace(self.frame, short=known)), (self.frame.agreement,))
 
     @property
     def is_text(self) -> bool:

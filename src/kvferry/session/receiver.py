@@ -10,6 +10,7 @@ from kvferry.align.contract import Aligner, Contract
 from kvferry.align.folder import load_aligner
 from kvferry.align.identity import Identity
 from kvferry.codec import codec_of, decode
+from kvferry.codec.manifest import agreement_of
 from kvferry.errors import ContractError, ForeignModel, GridMismatch, Malformed, UsageError
 from kvferry.kv import KV, stack
 from kvferry.models.generate import OnText
@@ -19,7 +20,7 @@ from kvferry.models.state import State
 from kvferry.session.message import Message, message_of
 from kvferry.session.reading import answer_texts, finish, question_tokens
 from kvferry.session.reply import Reply, Stopwatch
-from kvferry.wire import Frame, MessageKind, json_frame, read_json
+from kvferry.wire import Agreement, Frame, MessageKind, json_frame, read_json
 
 
 class Receiver:
@@ -29,7 +30,14 @@ class Receiver:
     tokenizer, grid and codec; anything else is refused, and the receiver goes on.
     """
 
-    def __init__(self, model: Model | str | Path, aligner: Aligner | str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Model | str | Path,
+        aligner: Aligner | str | Path | None = None,
+        profiles: Sequence[int] = (),
+    ) -> None:
+        self.profiles = (0, *profiles)
+        """Hashes of the profiles that messages may be coded with; 0 for none."""
         self.model = model if isinstance(model, Model) else load(str(model))
         self.aligner = self._aligner(aligner).to(self.model.device)
         self.contract = self.aligner.contract
@@ -78,7 +86,16 @@ class Receiver:
         self.contract.require_sender(content["model"], content["tokenizer"])
         _require_grid(content["grid"], self.contract)
         self.aligner.require_codec(content["codec"])
-        return message_of(json_frame(MessageKind.HELLO, {"codecs": list(self.contract.coded_with)}))
+        content = {
+            "codecs": list(self.contract.coded_with),
+            "contracts": [agreed.contract_id for agreed in self.agreements],
+        }
+        return message_of(json_frame(MessageKind.HELLO, content))
+
+    @property
+    def agreements(self) -> tuple[Agreement, ...]:
+        """What short headers may stand for: no model (text, requests), and the aligner's sender under each profile."""
+        return (Agreement(), *(agreement_of(self.contract.sender, profile) for profile in self.profiles))
 
     def _aligner(self, given: Aligner | str | Path | None) -> Aligner:
         if isinstance(given, Aligner):
