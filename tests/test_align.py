@@ -25,7 +25,7 @@ from tiny import model_of, random_rows, tokens_of
 @pytest.fixture(scope="module")
 def contract() -> Contract:
     sender, receiver = model_of("llama").geometry, model_of("qwen3").geometry
-    return Contract(sender=sender, receiver=receiver, coded_with=("raw(dtype=float16)",))
+    return Contract(sender=sender, receiver=receiver, coded_with=("raw(dtype=float16, zstd=0)",))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope"])
@@ -153,9 +153,11 @@ def test_contracts_refuse_what_was_not_fitted(contract):
     with pytest.raises(ForeignModel, match="tokenizer"):
         contract.require_sender(contract.sender.model, "f" * 16)
     with pytest.raises(CodecNotCovered, match="int"):
-        Linear(contract).require_codec("int(bits=4, group=32, axis=token)")
-    Identity(contract).require_codec("int(bits=4, group=32, axis=token)")
-    assert not covers(("int(bits=8, group=32, axis=token)",), "raw(dtype=float32)")
+        Linear(contract).require_codec("int(bits=4)")
+    Identity(contract).require_codec("int(bits=4)")
+    assert not covers(("int(bits=8, zstd=0)",), "raw(dtype=float32, zstd=0)")
+    assert covers(("raw(dtype=float16, zstd=0)",), "raw(dtype=float32, zstd=3)")
+    assert covers(("int(bits=8, zstd=0)",), "int(bits=8, zstd=3)")
 
 
 def member(name: str, contract: Contract) -> Aligner:

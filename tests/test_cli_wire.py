@@ -258,7 +258,7 @@ def test_inspect_counts_the_numbers(tmp_path: Path) -> None:
     assert cache["numbers"] == numbers
     assert cache["bits_per_element"] == pytest.approx(8 * len(KV_MESSAGE) / numbers)
     assert [row["tokens"] for row in cache["layers"]] == held
-    assert cache["codec"] == "int(bits=4, group=32, axis=token)"
+    assert cache["codec"] == "int(bits=4, group=32, axis=token, centred=False, scale=float16, zstd=0)"
     assert (cache["keys"], cache["call_length"]) == ("content", 0)
 
 

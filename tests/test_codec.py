@@ -38,6 +38,8 @@ SPECS = [
     "int(4, group=1)",
     "int(4, group=3, axis=channel)",
     "int(8, group=1000000000000, axis=channel)",
+    "nf4",
+    "fp8",
 ]
 INTS = [spec for spec in SPECS if spec.startswith("int")]
 MEMBERS = {spec: CODECS.parse(spec) for spec in SPECS}
@@ -256,7 +258,7 @@ def test_limits_bound_what_a_frame_unfolds_to():
         decode(frame, kv.geometry, Limits(max_tokens=6))
 
 
-@pytest.mark.parametrize("spec", ["int(bits=5)", "int(group=0)", "int(axis=head)", "raw(dtype=int8)"])
+@pytest.mark.parametrize("spec", ["int(bits=5)", "int(group=-1)", "int(axis=layer)", "raw(dtype=int8)"])
 def test_bad_options(spec):
     with pytest.raises(BadSpec):
         CODECS.parse(spec)

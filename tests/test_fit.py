@@ -19,7 +19,10 @@ from kvferry.train.fit import Pair, Recipe, fit, mean_cache
 from kvferry.train.fit import _sent as sent
 
 RECIPE = Recipe(
-    codecs=("raw(dtype=float16)", "int(bits=8, group=32, axis=token)"),
+    codecs=(
+        "raw(dtype=float16, zstd=0)",
+        "int(bits=8, group=32, axis=token, centred=False, scale=float16, zstd=0)",
+    ),
     n_texts=32,
     steps=4,
     batch_size=4,

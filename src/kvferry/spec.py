@@ -29,7 +29,7 @@ class Method:
 
     def config(self) -> dict[str, Any]:
         """The fields as plain values, in order."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in _options(type(self))}
 
     def to_json(self) -> dict[str, Any]:
         """`{"name": ..., field: value ...}`, ready for `json.dumps`."""
@@ -37,6 +37,11 @@ class Method:
 
 
 M = TypeVar("M", bound=Method)
+
+
+def _options(cls: type[Method]) -> list[str]:
+    """The fields in order; those that a base class adds by name alone (`kw_only`) come last."""
+    return [field.name for field in sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))]
 
 
 class Table(Generic[M]):
@@ -74,10 +79,9 @@ class Table(Generic[M]):
 
     def _build(self, name: str, config: dict[str, Any]) -> M:
         cls = self.get(name)
-        fields = [field.name for field in dataclasses.fields(cls)]
         for key in config:
-            if key not in fields:
-                raise UnknownName(f"option of {self.kind} {name}", key, fields)
+            if key not in _options(cls):
+                raise UnknownName(f"option of {self.kind} {name}", key, _options(cls))
         try:
             return TypeAdapter(cls).validate_python(config)
         except ValidationError as error:
@@ -116,7 +120,7 @@ def _write(value: object) -> str:
 
 
 def _place(cls: type[Method], name: str, positional: list[Any], named: dict[str, Any]) -> dict[str, Any]:
-    fields = [field.name for field in dataclasses.fields(cls)]
+    fields = _options(cls)
     if len(positional) > len(fields) or set(fields[: len(positional)]) & set(named):
         raise BadSpec(f"too many values for {name}", cure=f"Its options are: {', '.join(fields) or 'none'}")
     return {**dict(zip(fields, positional, strict=False)), **named}

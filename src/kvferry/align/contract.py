@@ -44,14 +44,25 @@ class Contract:
 
 
 def covers(coded_with: tuple[str, ...], spec: str) -> bool:
-    """Whether a codec is one of those fitted under; `raw` at fp32 is covered by any `raw`, being finer.
+    """Whether a codec gives the numbers of one of those fitted under, or, as `raw` at fp32 under any `raw`, finer ones.
+
+    The second stage, `zstd`, does not matter: it is exact.
 
     >>> covers(("raw(dtype=float16)",), "raw(dtype=float32)"), covers(("raw(dtype=float16)",), "int(bits=4)")
     (True, False)
+    >>> covers(("int(bits=4, zstd=0)",), "int(bits=4, zstd=3)")
+    True
     """
-    if spec in coded_with:
-        return True
-    return spec == "raw(dtype=float32)" and any(read_call(known)[0] == "raw" for known in coded_with)
+    known = [_numbers(text) for text in coded_with]
+    wanted = _numbers(spec)
+    exact = wanted == ("raw", [], {"dtype": "float32"})
+    return wanted in known or (exact and any(name == "raw" for name, _, _ in known))
+
+
+def _numbers(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """A codec without the option that leaves the numbers as they are."""
+    name, values, named = read_call(spec)
+    return name, values, {key: value for key, value in named.items() if key != "zstd"}
 
 
 def to_json(contract: Contract) -> dict[str, Any]:

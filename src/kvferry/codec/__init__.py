@@ -1,7 +1,7 @@
 """Codecs: a cache to a frame and back. `CODECS` is light; torch is imported with the first codec that is used.
 
 >>> CODECS.parse("int(4, group=64)")
-int(bits=4, group=64, axis=token)
+int(bits=4, group=64, axis=token, centred=False, scale=float16, zstd=0)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -25,6 +25,14 @@ _MAX_SPEC_BYTES = 256
 _SPEC = re.compile(r"([a-z][a-z0-9_]*)(\([\w=, .+-]*\))?", re.ASCII)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a formula says that a cache takes, in bytes: codes and scales alone, as papers count."""
+
+    payload: float
+    scales: float
+
+
 @dataclass(frozen=True, repr=False)
 class Codec(Method, ABC):
     """Turns the cache of one sequence into a frame and back."""
@@ -48,6 +56,10 @@ class Codec(Method, ABC):
         Slots stay where they are; absent ones become zero. Values are not checked for NaN: no device is waited for.
         """
 
+    def estimate(self, kv: KV) -> Estimate | None:
+        """The bytes of one sequence by formula, no header counted; None where the codec has no formula."""
+        return None
+
 
 def codec_of(frame: Frame) -> Codec:
     """The codec that a frame names; `CodecNotCovered` if it is not built in, `Malformed` if unreadable.
@@ -55,7 +67,7 @@ def codec_of(frame: Frame) -> Codec:
     >>> from kvferry.wire import MessageKind
     >>> frame = Frame(MessageKind.KV, segments=(spec_segment(CODECS.parse("raw")),))
     >>> codec_of(frame)
-    raw(dtype=float32)
+    raw(dtype=float32, zstd=0)
     """
     body = frame.body(SegmentType.SPEC) or b""
     text = body[:_MAX_SPEC_BYTES].decode("ascii", "replace")

@@ -1,4 +1,4 @@
-"""The values themselves, in one of three float formats. `raw` in float32 is exact."""
+"""The values themselves, in one of three float formats: exact in float32 or in the type of the cache."""
 
 import math
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ class Raw(FixedRate):
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise BadSpec(f"raw(dtype={self.dtype})", cure=f"Choose one of {', '.join(_DTYPES)}")
+        super().__post_init__()
 
     def block_bytes(self, heads: int, tokens: int, dim: int) -> int:
         return heads * tokens * dim * _DTYPES[self.dtype].itemsize

@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from kvferry.codec.base import Codec
 
 ON_THE_WIRE = {
+    "fp8": "kvferry.codec.fp8:Fp8",
     "int": "kvferry.codec.integer:Int",
+    "nf4": "kvferry.codec.nf4:Nf4",
     "raw": "kvferry.codec.raw:Raw",
 }
 """What a message may name. Plug-ins are not among them: a message must never choose what is imported."""

@@ -37,10 +37,10 @@ from kvferry.train.whitened import Whitened
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 N_HELD_OUT = 128
 DEFAULT_CODECS = (
-    "raw(dtype=float16)",
-    "int(bits=8, group=32, axis=token)",
-    "int(bits=4, group=32, axis=channel)",
-    "int(bits=4, group=32, axis=token)",
+    "raw(dtype=float16, zstd=0)",
+    "int(bits=8, group=32, axis=token, centred=False, scale=float16, zstd=0)",
+    "int(bits=4, group=32, axis=channel, centred=False, scale=float16, zstd=0)",
+    "int(bits=4, group=32, axis=token, centred=False, scale=float16, zstd=0)",
 )
 OnStep = Callable[[int, float], None]
 

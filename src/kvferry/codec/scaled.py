@@ -1,0 +1,115 @@
+"""Codecs that divide each group by a scale and code the quotients: `int`, `nf4`, `fp8`.
+
+block -rows along the axis-> groups -/ scale-> units -> codes -pack-> [all scales][all codes]
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor
+
+from kvferry.codec.bits import pack_codes, packed_length, unpack_codes
+from kvferry.codec.fixed import FixedRate
+from kvferry.codec.groups import SCALE_DTYPES, Grouping, ScaleFormat, scales_of
+from kvferry.errors import Malformed
+
+_SCALE_BYTES = 2
+
+
+@dataclass(frozen=True, repr=False)
+class Scaled(FixedRate):
+    """A codec whose members only say which number between `-top` and `top` a code stands for."""
+
+    @property
+    @abstractmethod
+    def grouping(self) -> Grouping:
+        """Which numbers share a scale."""
+
+    @property
+    @abstractmethod
+    def scale_format(self) -> ScaleFormat:
+        """The format of scales."""
+
+    @property
+    @abstractmethod
+    def code_bits(self) -> int:
+        """Bits of a code: 2, 3, 4 or 8."""
+
+    @property
+    @abstractmethod
+    def top(self) -> float:
+        """What the largest number of a group becomes when it is divided by the scale."""
+
+    @abstractmethod
+    def codes(self, units: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
+        """The code of each quotient; whatever lies beyond the last level takes the last one."""
+
+    @abstractmethod
+    def units(self, codes: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The number that a code stands for, float32. Only the lowest `code_bits` bits of a code count."""
+
+    def forbidden(self, codes: UInt8[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
+        """Codes that are never written."""
+        return torch.zeros_like(codes, dtype=torch.bool)
+
+    def block_bytes(self, heads: int, tokens: int, dim: int) -> int:
+        n_scales = self.grouping.n_groups(heads, tokens, dim)
+        return _SCALE_BYTES * n_scales + packed_length(heads * tokens * dim, self.code_bits)
+
+    def write(self, block: Float[Tensor, "heads tokens dim"]) -> UInt8[Tensor, " bytes"]:
+        codes, scales = self._quantise(self.grouping.cut(block.float()))
+        packed = pack_codes(codes.flatten(), self.code_bits)
+        return torch.cat([scales.flatten().view(torch.uint8), packed])
+
+    def read(
+        self, data: UInt8[Tensor, " bytes"], shape: tuple[int, int, int]
+    ) -> Float[Tensor, "heads tokens dim"]:
+        n_rows, length = self.grouping.rows(*shape)
+        scales = self.scales(data.unsqueeze(0), shape).reshape(n_rows, -1)
+        codes = unpack_codes(data[_SCALE_BYTES * scales.numel() :], self.code_bits, n_rows * length)
+        wrong = self.forbidden(codes)
+        if bool(wrong.any()):
+            code = int(codes[wrong][0])
+            raise Malformed(f"code {code:#04x} has no meaning", cure=f"{self!r} never writes it")
+        return self.grouping.join(self._dequantise(codes.reshape(n_rows, length), scales), shape)
+
+    def scales(
+        self, data: UInt8[Tensor, "layers bytes"], shape: tuple[int, int, int]
+    ) -> Shaped[Tensor, "layers groups"]:
+        """The scales at the front of blocks; `Malformed` unless all are positive and finite."""
+        # The copy starts at an even address, which a view as 16-bit floats needs.
+        n_groups = self.grouping.n_groups(*shape)
+        front = data[:, : _SCALE_BYTES * n_groups].flatten().clone()
+        scales = front.view(SCALE_DTYPES[self.scale_format]).reshape(len(data), n_groups)
+        if not bool(((scales > 0) & scales.isfinite()).all()):
+            raise Malformed("a scale is zero, negative or not finite", cure="Write positive finite scales")
+        return scales
+
+    def through(
+        self,
+        values: Float[Tensor, "layers batch heads tokens dim"],
+        present: Bool[Tensor, "layers batch tokens"],
+    ) -> Float[Tensor, "layers batch heads tokens dim"]:
+        grouping = self.grouping
+        if grouping.axis == "token":
+            return self._dequantise(*self._quantise(values))
+        together, order = grouping.together(values, present)
+        rows = self._dequantise(*self._quantise(grouping.cut(together)))
+        heads, slots, dim = together.shape[-3:]
+        return grouping.apart(grouping.join(rows, (heads, slots, dim)), order, values.shape[2])
+
+    def _quantise(
+        self, rows: Float[Tensor, "*rows n"]
+    ) -> tuple[UInt8[Tensor, "*rows n"], Shaped[Tensor, "*rows groups"]]:
+        groups = self.grouping.split(rows)
+        scales = scales_of(groups.abs().amax(-1), self.top, self.scale_format)
+        codes = self.codes(groups / scales.float().unsqueeze(-1))
+        return codes.flatten(-2)[..., : rows.shape[-1]], scales
+
+    def _dequantise(
+        self, codes: UInt8[Tensor, "*rows n"], scales: Shaped[Tensor, "*rows groups"]
+    ) -> Float[Tensor, "*rows n"]:
+        groups = self.grouping.split(self.units(codes)) * scales.float().unsqueeze(-1)
+        return groups.flatten(-2)[..., : codes.shape[-1]]
