@@ -6,7 +6,7 @@ READY := .venv/.ready
 
 export OMP_NUM_THREADS ?= 1 # our models are small: threads cost more than they bring
 
-.PHONY: help demo test test-slow lint fmt docs bench clean
+.PHONY: help demo test test-slow fuzz lint fmt docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ test: $(READY) ## all quick tests
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m slow --timeout 1800
+
+fuzz: $(READY) ## a million mutated frames; guided by coverage where atheris installs
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzz
 
 lint: $(READY) ## style, formatting, types
 	$(BIN)/ruff check

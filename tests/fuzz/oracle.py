@@ -1,0 +1,95 @@
+"""What must hold for any bytes whatever."""
+
+import tracemalloc
+
+import torch
+
+from fuzz.seeds import NOBODY, Seed
+from kvferry.codec import decode
+from kvferry.errors import KvferryError
+from kvferry.session.message import _decompress
+from kvferry.session.survey import survey
+from kvferry.wire import (
+    Frame,
+    Limits,
+    MessageKind,
+    Reassembly,
+    SegmentType,
+    pack,
+    read_json,
+    read_text,
+    unpack,
+    unpack_prefix,
+)
+
+LIMITS = Limits(
+    max_bytes=1 << 16, max_tokens=1 << 10, max_elements=1 << 16, max_segments=64, max_json=1 << 12
+)
+BOUND = LIMITS.max_bytes + 4 * LIMITS.max_elements
+"""Bytes that Python and numpy may hold above the frame."""
+
+
+def check(seed: Seed, data: bytes) -> str:
+    """What became of these bytes: the name of the error, or "read"; anything else that is raised is a finding."""
+    try:
+        frame = unpack(data, LIMITS, seed.agreements, seed.key)
+        assert pack(frame, seed.key) == data, "not canonical"
+        _read(seed, frame)
+    except KvferryError as error:
+        return type(error).__name__ if error.cure else "an error without a cure"
+    return "read"
+
+
+def check_aside(seed: Seed, data: bytes) -> None:
+    """Readers that are content with less."""
+    try:
+        prefix = unpack_prefix(data, LIMITS, seed.agreements)
+        assert prefix.n_bytes_used <= len(data)
+    except KvferryError:
+        pass
+    survey(data, seed.key)
+
+
+def check_memory(seed: Seed, data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        check(seed, data)
+        peak = tracemalloc.get_traced_memory()[1]
+        assert peak <= BOUND, f"{peak} bytes held, the bound is {BOUND}"
+    finally:
+        tracemalloc.stop()
+
+
+def check_datagrams(datagrams: list[bytes]) -> str:
+    """Any datagrams in any order: a message is whole or does not come."""
+    reassembly, outcome = Reassembly(LIMITS), "waiting"
+    for datagram in datagrams:
+        try:
+            if reassembly.add(datagram) is not None:
+                outcome = "read"
+        except KvferryError as error:
+            outcome = type(error).__name__
+    return outcome
+
+
+def _read(seed: Seed, frame: Frame) -> None:
+    if frame.kind == MessageKind.KV:
+        _read_cache(seed, frame)
+    elif frame.kind == MessageKind.TEXT:
+        _read_text(frame)
+    else:
+        read_json(frame, LIMITS)
+
+
+def _read_cache(seed: Seed, frame: Frame) -> None:
+    kv = decode(frame, seed.geometry or NOBODY, LIMITS)
+    assert (kv.n_batch, kv.n_tokens) == (1, frame.n_tokens)
+    for group in kv.groups:
+        assert bool(torch.isfinite(group.keys).all()), "keys are not finite"
+        assert bool(torch.isfinite(group.values).all()), "values are not finite"
+
+
+def _read_text(frame: Frame) -> None:
+    packed = frame.body(SegmentType.TEXT_ZSTD)
+    text = read_text(frame) if packed is None else _decompress(packed, LIMITS)
+    assert len(text) <= LIMITS.max_bytes
