@@ -1,5 +1,6 @@
 """Sets of tokens and their precision classes: each in its shortest form, in one form only, and bounded."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -232,3 +233,26 @@ def test_classes_have_one_form():
         frame = replace(honest, segments=(*others, Segment(SegmentType.CLASSES, body)))
         with pytest.raises(Malformed):
             read(frame)
+
+
+N = 1 << 20
+HOSTILE = {
+    "as many gaps as tokens": forge.varint(2) + forge.varint(N) + b"\xff" * 16,
+    "gaps of the largest parameter": forge.varint(2 + 4 * 30) + forge.varint(N) + b"\xff" * 16,
+    "a gap over all tokens": forge.varint(2) + forge.varint(1) + bytes(N // 8 + 9),
+    "2**40 gaps": forge.varint(2) + forge.varint(2**40) + bytes(99),
+    "a range of 2**40": forge.varint(0) + forge.varint(0) + forge.varint(2**40),
+    "a range from 2**62": forge.varint(0) + forge.varint(2**62) + forge.varint(2**62),
+    "a bitmap that is cut": b"\1" + bytes(N // 8 - 1),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_memory_of_a_set_follows_the_tokens(body):
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed):
+            read_set(memoryview(body), 0, N)
+        assert tracemalloc.get_traced_memory()[1] < 100_000 + 20 * N
+    finally:
+        tracemalloc.stop()

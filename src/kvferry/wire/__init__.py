@@ -3,17 +3,9 @@
 The format is normative in docs/format.md.
 """
 
+from kvferry.wire.fields import MAJOR, MINOR, Agreement, FrameType, MessageKind, TokenGrid
 from kvferry.wire.frame import Frame, Prefix, pack, packed_bytes, unpack, unpack_prefix
-from kvferry.wire.header import (
-    HEADER_BYTES,
-    MAJOR,
-    MINOR,
-    SHORT_HEADER_BYTES,
-    Agreement,
-    FrameType,
-    MessageKind,
-    TokenGrid,
-)
+from kvferry.wire.header import HEADER_BYTES, SHORT_HEADER_BYTES
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
 from kvferry.wire.packets import MIN_DATAGRAM_BYTES, Datagram, cut, read_datagram
 from kvferry.wire.reassembly import Reassembly

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 import xxhash
 
 from kvferry.errors import ChecksumMismatch, LimitExceeded, Malformed, NotAuthentic, Truncated, UsageError
-from kvferry.wire.header import (
-    HEADER_BYTES,
-    Agreement,
-    Header,
-    read_header,
-    write_header,
-)
+from kvferry.wire.fields import Agreement, Header
+from kvferry.wire.header import HEADER_BYTES, read_header, write_header
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
 from kvferry.wire.seal import MAC_BYTES, check_key, check_mac, mac, require_seal
 from kvferry.wire.segments import ANCILLARY, Segment, SegmentType, read_segment, segment_bytes, write_segment

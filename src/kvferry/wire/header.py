@@ -6,11 +6,7 @@ both sides know since hello. The layouts are normative in docs/format.md.
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
-
-import xxhash
 
 from kvferry.errors import (
     ChecksumMismatch,
@@ -21,105 +17,27 @@ from kvferry.errors import (
     UnsupportedVersion,
     UsageError,
 )
+from kvferry.wire.fields import (
+    MAJOR,
+    Agreement,
+    FrameType,
+    Header,
+    MessageKind,
+    TokenGrid,
+    checksum,
+    packed,
+)
 from kvferry.wire.limits import Limits
 
 MAGIC = b"\x89KVW"
 SHORT_MAGIC = b"\x89kvw"
-MAJOR, MINOR = 1, 0
 _FULL = struct.Struct("<4sBBBBhHIIQQQQQ")
 _SHORT = struct.Struct("<4sBBhIII")
-_CONTRACT = struct.Struct("<BBQQQQ")
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _FULL.size + _CHECKSUM.size
 SHORT_HEADER_BYTES = _SHORT.size + _CHECKSUM.size
 _P_FRAME, _RECEIVER_GRID, _SEALED = 1, 2, 4
-
-
-class MessageKind(IntEnum):
-    """What a frame is there for."""
-
-    KV = 1
-    TEXT = 2
-    HELLO = 3
-    REQUEST = 4
-    REPORT = 5
-    RESET = 6
-    ERROR = 7
-
-
-class FrameType(IntEnum):
-    """I stands alone; P needs the state that the frame `reference_id` left."""
-
-    I = 0  # noqa: E741 (the letter of video coding)
-    P = 1
-
-
-class TokenGrid(IntEnum):
-    """Whose tokens the slots stand for."""
-
-    SENDER = 0
-    RECEIVER = 1
-
-
 _KINDS = frozenset(int(member) for member in MessageKind)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What a hello settles and a short header need not repeat: the four hashes, and the minor version of the writer.
-
-    >>> Agreement(model_hash=1).contract_id == Agreement(model_hash=1).contract_id != Agreement().contract_id
-    True
-    """
-
-    model_hash: int = 0
-    geometry_hash: int = 0
-    tokenizer_hash: int = 0
-    profile_hash: int = 0
-    minor: int = MINOR
-
-    @property
-    def contract_id(self) -> int:
-        """The low 32 bits of XXH3-64 over major u8, minor u8 and the hashes u64 in the order of the fields.
-
-        Both sides compute it, so nobody hands out ids. `UsageError` for a hash beyond 64 bits.
-        """
-        hashes = (self.model_hash, self.geometry_hash, self.tokenizer_hash, self.profile_hash)
-        return checksum(_packed(_CONTRACT, MAJOR, self.minor, *hashes))
-
-
-@dataclass(frozen=True)
-class Header:
-    """The fields of the header. Hashes are the first 64 bits of the fingerprints; 0 means none.
-
-    A P frame refers to one of the 65,535 frames before it.
-    """
-
-    kind: MessageKind
-    frame_type: FrameType = FrameType.I
-    frame_id: int = 0
-    reference_id: int = 0
-    reference_hash: int = 0
-    """64 bits over the state that the frame `reference_id` left at the receiver; 0 in an I frame."""
-    step: int = 0
-    """Quantiser step of the frame, i of 2**(i/64); 0 where the codec has none."""
-    n_tokens: int = 0
-    model_hash: int = 0
-    geometry_hash: int = 0
-    tokenizer_hash: int = 0
-    profile_hash: int = 0
-    grid: TokenGrid = TokenGrid.SENDER
-    minor: int = MINOR
-    """The minor version of the format that the frame was written in."""
-    short: bool = False
-    """Written in the short form, for readers that know `agreement` since hello."""
-
-    @property
-    def agreement(self) -> Agreement:
-        """What a reader must know for the short form of this header."""
-        return Agreement(
-            self.model_hash, self.geometry_hash, self.tokenizer_hash, self.profile_hash, self.minor
-        )
 
 
 class Start(NamedTuple):
@@ -128,18 +46,6 @@ class Start(NamedTuple):
     header: Header
     n_bytes: int
     sealed: bool
-
-
-def checksum(*parts: bytes | memoryview) -> int:
-    """The low 32 bits of XXH3-64 over the parts joined.
-
-    >>> checksum(b"ab", b"c") == checksum(b"abc")
-    True
-    """
-    state = xxhash.xxh3_64()
-    for part in parts:
-        state.update(part)
-    return state.intdigest() & 0xFFFFFFFF
 
 
 def header_bytes(view: memoryview) -> int:
@@ -165,20 +71,12 @@ def write_header(header: Header, sealed: bool = False) -> bytes:
     flags = is_p * _P_FRAME | (header.grid == TokenGrid.RECEIVER) * _RECEIVER_GRID | sealed * _SEALED
     if header.short:
         numbers = (header.step, header.agreement.contract_id, header.frame_id, header.n_tokens)
-        fields = _packed(_SHORT, SHORT_MAGIC, header.kind, flags, *numbers)
+        fields = packed(_SHORT, SHORT_MAGIC, header.kind, flags, *numbers)
     else:
         numbers = (header.step, distance, header.frame_id, header.n_tokens, header.reference_hash)
         hashes = (header.model_hash, header.geometry_hash, header.tokenizer_hash, header.profile_hash)
-        fields = _packed(_FULL, MAGIC, MAJOR, header.minor, header.kind, flags, *numbers, *hashes)
+        fields = packed(_FULL, MAGIC, MAJOR, header.minor, header.kind, flags, *numbers, *hashes)
     return fields + _CHECKSUM.pack(checksum(fields))
-
-
-def _packed(layout: struct.Struct, *values: bytes | int) -> bytes:
-    try:
-        return layout.pack(*values)
-    except struct.error as error:
-        cure = "Ids and n_tokens take 32 bits, hashes 64, step 16 signed, minor 8"
-        raise UsageError(f"a header field is out of range in {values}: {error}", cure=cure) from None
 
 
 def read_header(view: memoryview, limits: Limits, agreements: Sequence[Agreement] = ()) -> Start:

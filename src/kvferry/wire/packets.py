@@ -17,7 +17,8 @@ from kvferry.errors import (
     UnsupportedVersion,
     UsageError,
 )
-from kvferry.wire.header import MAJOR, checksum, header_bytes
+from kvferry.wire.fields import MAJOR, checksum
+from kvferry.wire.header import header_bytes
 from kvferry.wire.limits import Limits
 from kvferry.wire.segments import SegmentType, read_segment
 

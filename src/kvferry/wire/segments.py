@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from kvferry.errors import ChecksumMismatch, LimitExceeded, Malformed, UnknownSegment
-from kvferry.wire.header import checksum
+from kvferry.wire.fields import checksum
 from kvferry.wire.limits import Limits
 from kvferry.wire.varint import read_varint, write_varint
 

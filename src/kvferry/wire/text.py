@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvferry.errors import LimitExceeded, Malformed, UsageError
+from kvferry.wire.fields import MessageKind
 from kvferry.wire.frame import Frame
-from kvferry.wire.header import MessageKind
 from kvferry.wire.limits import DEFAULT_LIMITS, Limits
 from kvferry.wire.segments import Segment, SegmentType
 
