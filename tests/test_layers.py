@@ -124,8 +124,10 @@ def test_wire_needs_little() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    assert [m.path for m in modules() if {name.split(".")[0] for name in m.imports()} & PICKLERS] == []
-    assert [m.path for m in modules() if "torch.load(" in m.text] == []
+    """Except by one peer of the bench, which reads back what it has just pickled itself."""
+    ours = [module for module in modules() if module.path != "lab/wire/peers/pickled.py"]
+    assert [m.path for m in ours if {name.split(".")[0] for name in m.imports()} & PICKLERS] == []
+    assert [m.path for m in ours if "torch.load(" in m.text] == []
 
 
 def test_annotations_are_real() -> None:

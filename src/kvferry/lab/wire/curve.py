@@ -7,6 +7,7 @@ Rule 2: families are compared at the baseline's own KL, the one that its native 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 _FLOOR = 1e-12  # a KL of zero has no logarithm
 
@@ -22,13 +23,13 @@ class Curve:
         return cls(tuple(sorted(points)))
 
     def bits_at(self, kl: float) -> float | None:
-        """Bits where the curve crosses `kl`, the fewest if it does so twice; None beyond its ends.
+        """Bits where the curve crosses `kl`, the most if it does so twice; None beyond its ends.
 
         >>> Curve.of([(4.0, 0.01), (2.0, 1.0)]).bits_at(0.1)
         3.0
         """
-        crossings = [_between(low, high, kl) for low, high in zip(self.points, self.points[1:], strict=False)]
-        return min((bits for bits in crossings if bits is not None), default=None)
+        crossings = [_between(low, high, kl) for low, high in pairwise(self.points)]
+        return max((bits for bits in crossings if bits is not None), default=None)
 
     def ratio_to(self, bits: float, kl: float) -> float | None:
         """What share of a baseline's bits this family needs for the baseline's KL."""
