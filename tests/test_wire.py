@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 import contract
 from attacks import forge
 from kvferry.codec import CODECS, decode
+from kvferry.codec.classes import write_classes
+from kvferry.codec.sets import write_set
 from kvferry.errors import LimitExceeded, Malformed, Truncated, UnknownContract, UsageError
 from kvferry.wire import (
     HEADER_BYTES,
@@ -26,6 +29,7 @@ from kvferry.wire import (
     Segment,
     SegmentType,
     TokenGrid,
+    cut,
     json_frame,
     pack,
     packed_bytes,
@@ -104,10 +108,10 @@ def test_what_is_packed_comes_back(key, fields):
 def test_a_prefix_gives_whole_segments_and_never_more(fields):
     frame = made(fields)
     data, agreements = pack(frame), (frame.agreement,)
-    for cut in range(SHORT_HEADER_BYTES if frame.short else HEADER_BYTES, len(data)):
-        prefix = unpack_prefix(data[:cut], FEW, agreements)
+    for length in range(SHORT_HEADER_BYTES if frame.short else HEADER_BYTES, len(data)):
+        prefix = unpack_prefix(data[:length], FEW, agreements)
         assert prefix.missing
-        assert prefix.n_bytes_used <= cut
+        assert prefix.n_bytes_used <= length
         assert prefix.frame.segments == frame.segments[: len(prefix.frame.segments)]
     whole = unpack_prefix(data, FEW, agreements)
     assert (whole.frame, whole.n_bytes_used, whole.missing) == (frame, len(data), None)
@@ -300,6 +304,24 @@ def test_the_example_of_the_format_page():
     assert pack(replace(frame, short=True))[:24].hex(" ") in FORMAT.read_text()
     assert bytes.fromhex("".join(rows)).hex(" ") == data.hex(" ")
     assert decode(unpack(data), kv.geometry).groups[0].values.flatten().tolist() == [0.0, 7.0]
+
+
+def test_the_parts_on_the_format_page():
+    few, ages = np.isin(np.arange(128), [3, 40, 90, 91]), np.ones((2, 2, 128), np.uint8)
+    ages[:, :, :4], ages[:, 1, 120:] = 3, 2
+    hi = pack(text_frame("hi"))
+    parts = [
+        write_set(np.isin(np.arange(128), [3, 4, 5, 6])),
+        write_set(np.arange(5) % 2 == 0),
+        write_set(few),
+        write_classes(ages) or b"",
+        pack(text_frame("hi"), bytes(range(16)))[-32:],
+        cut(hi, 200, message_id=7)[0].removesuffix(hi),
+    ]
+    assert [part.hex(" ") for part in parts] == re.findall(
+        r"^\| `([0-9a-f ]{5,})` \|", FORMAT.read_text(), re.M
+    )
+    assert write_set(~few) == b"\x0f" + write_set(few)[1:]
 
 
 def test_the_format_page_names_every_segment_and_kind():
