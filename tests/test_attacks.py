@@ -3,6 +3,7 @@
 import random
 import struct
 import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -178,6 +179,33 @@ def test_a_p_frame_refers_back(frame_id, distance):
     assert (frame.frame_type, frame.reference_id) == (FrameType.P, frame_id - distance)
     assert frame.reference_hash == 2**64 - 1
     assert pack(frame) == data
+
+
+BITS = {"B": 8, "h": 16, "H": 16, "I": 32, "Q": 64}
+
+
+def _extremes(layout: str, names: list[str]):
+    """Every field but the magic at its ends and beside them."""
+    for name, code in zip(names[1:], layout[3:], strict=True):
+        low = -(2**15) if code == "h" else 0
+        high = low + 2 ** BITS[code] - 1
+        yield from ((name, value) for value in (low, low + 1, high - 1, high))
+
+
+@pytest.mark.parametrize("is_p", [0, 1])
+def test_every_header_field_at_its_extremes(is_p):
+    """What is read is written again unchanged, and the rest is refused by name."""
+    for name, value in _extremes(forge.FULL, forge.FIELDS):
+        honest = {"flags": is_p, "frame_id": 9 * is_p, "distance": is_p}
+        _written_again_or_refused(forge.frame(forge.TEXT, **{**honest, name: value}))
+    for name, value in _extremes(forge.SHORT, forge.SHORT_FIELDS):
+        _written_again_or_refused(forge.short_frame(forge.TEXT, **{"flags": is_p, name: value}))
+
+
+def _written_again_or_refused(data: bytes) -> None:
+    for key in (None, KEY):
+        with suppress(KvferryError):
+            assert pack(unpack(data, agreements=(Agreement(),), key=key), key) == data
 
 
 SEALS = {

@@ -1,5 +1,6 @@
 """Sets of tokens and their precision classes: each in its shortest form, in one form only, and bounded."""
 
+import random
 import tracemalloc
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from attacks import forge
 from kvferry.codec.classes import read_classes, write_classes
 from kvferry.codec.manifest import Uses, kv_frame, manifest_of, read_manifest
 from kvferry.codec.sets import read_set, write_set
-from kvferry.errors import ForeignProfile, Malformed, UsageError
+from kvferry.errors import ForeignProfile, KvferryError, Malformed, UsageError
 from kvferry.kv import Plan
 from kvferry.wire import DEFAULT_LIMITS, FrameType, Segment, SegmentType
 
@@ -222,6 +223,27 @@ def test_a_p_frame_is_refused():
     frame = replace(framed(profile_hash=7), frame_type=FrameType.P, frame_id=1)
     with pytest.raises(Malformed, match="type P"):
         read(frame)
+
+
+def test_mutated_manifests_are_refused_or_mean_what_they_say():
+    """Checksums play no part here: what is read is hostile, not damaged."""
+    chance = random.Random(0)
+    classes = torch.from_numpy(np.random.default_rng(0).integers(1, 5, tuple(CLASSES.shape), np.uint8))
+    honest = framed(classes, profile_hash=7)
+    n_read = 0
+    for _ in range(400):
+        segments = list(honest.segments)
+        at = chance.randrange(len(segments))
+        body = bytearray(segments[at].body)
+        body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+        segments[at] = replace(segments[at], body=bytes(body))
+        try:
+            manifest = read(replace(honest, segments=tuple(segments)))
+        except KvferryError:
+            continue
+        n_read += 1
+        assert manifest.segments() == tuple(segments)
+    assert 0 < n_read < 400
 
 
 def test_classes_have_one_form():
