@@ -16,15 +16,16 @@ _DEPENDENCIES = ("torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Point:
-    """How one arm did.
+    """How one arm did; on the bench, how one setting of a codec did.
 
+    `recipe`: what is sent, in one line; on the bench `codec, spec, model, tokens`.
     `metrics`: accuracy, and follows_payload, the share of answers that are right for the text that the message was made
     of (None where a message is made of no text); `ci95` holds their Wilson intervals. `n_bytes`: mean bytes per item,
     of the message alone and of all that passed the link. `latency_ms`: medians of single items, by stage.
     """
 
     arm: str
-    recipe: str
+    recipe: str | dict[str, str | int]
     sender: str
     receiver: str
     task: str

@@ -1,0 +1,109 @@
+"""`kvferry bench`: what is measured side by side, in one process."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvferry.lab.wire.bench import Settings, WireResult
+
+bench = typer.Typer(no_args_is_help=True, help="Measure ours and others side by side, in one process.")
+
+
+@bench.callback()
+def benches() -> None:
+    """Measure ours and others side by side, in one process."""
+
+
+@bench.command("wire")
+def bench_wire(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or zoo name; may be repeated. Default: the shared folder's models and the zoo."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Length of a cache; may be repeated.")
+    ] = None,
+    codecs: Annotated[
+        str | None,
+        typer.Option(help="Specs of our codecs separated by ';'. Default: all, along their curves."),
+    ] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="Names of peers separated by ','; empty for none. Default: all.")
+    ] = None,
+    messages: Annotated[int | None, typer.Option(min=1, help="Caches for each model and length.")] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Of each timing; 0 leaves speed out.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer messages: for a first look.")] = False,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an SVG: KL against bits.")] = None,
+) -> None:
+    """What our codecs and others cost in bits, spoil in predictions, and how fast they are."""
+    from kvferry.lab.wire.bench import LENGTHS, N_MESSAGES, QUICK_MESSAGES, Settings, default_models
+
+    names, missing = (tuple(models), []) if models else default_models()
+    settings = Settings(
+        models=names,
+        tokens=tuple(tokens) if tokens else LENGTHS,
+        n_messages=messages or (QUICK_MESSAGES if quick else N_MESSAGES),
+        codecs=_parts(codecs, ";"),
+        peers=_parts(peers, ","),
+        repeats=repeats,
+    )
+    result = _run(settings, missing)
+    _show(result)
+    _write(result, json, plot)
+
+
+def _parts(text: str | None, separator: str) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
+
+
+def _run(settings: "Settings", missing: list[str]) -> "WireResult":
+    from dataclasses import replace
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from kvferry.lab.wire.bench import forecast_s, n_parts, run_bench
+
+    console = Console(stderr=True, highlight=False)
+    for line in missing:
+        console.print(line)
+    console.print(f"about {forecast_s(settings) / 60:.0f} minutes")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=n_parts(settings))
+        result = run_bench(settings, lambda what: progress.update(task, description=what, advance=1))
+    return replace(result, missing=[*missing, *result.missing])
+
+
+def _show(result: "WireResult") -> None:
+    from rich.console import Console
+
+    from kvferry.lab.wire.tables import rich_tables
+
+    console = Console(highlight=False)
+    for table in rich_tables(result):
+        console.print(table)
+    for line in result.missing:
+        console.print(f"left out: {line}")
+    console.print(
+        f"{len(result.points)} points in {result.seconds:.0f} s, {result.settings.n_messages} messages each"
+    )
+
+
+def _write(result: "WireResult", json: Path | None, plot: Path | None) -> None:
+    from kvferry.lab.ledger import write_file
+    from kvferry.lab.picture import as_bytes
+    from kvferry.lab.wire.plot import draw
+    from kvferry.lab.wire.results import save_wire
+
+    if json:
+        save_wire(result, json)
+    if plot:
+        write_file(plot, as_bytes(draw(result), "svg"))
