@@ -7,17 +7,15 @@ import torch
 from fuzz.seeds import NOBODY, Seed
 from kvferry.codec import decode
 from kvferry.errors import KvferryError
-from kvferry.session.message import _decompress
+from kvferry.session.message import text_of
 from kvferry.session.survey import survey
 from kvferry.wire import (
     Frame,
     Limits,
     MessageKind,
     Reassembly,
-    SegmentType,
     pack,
     read_json,
-    read_text,
     unpack,
     unpack_prefix,
 )
@@ -36,7 +34,9 @@ def check(seed: Seed, data: bytes) -> str:
         assert pack(frame, seed.key) == data, "not canonical"
         _read(seed, frame)
     except KvferryError as error:
-        return type(error).__name__ if error.cure else "an error without a cure"
+        if not error.cure:
+            raise AssertionError("an error without a cure") from error
+        return type(error).__name__
     return "read"
 
 
@@ -47,7 +47,7 @@ def check_aside(seed: Seed, data: bytes) -> None:
         assert prefix.n_bytes_used <= len(data)
     except KvferryError:
         pass
-    survey(data, seed.key)
+    survey(data, seed.key, LIMITS)
 
 
 def check_memory(seed: Seed, data: bytes) -> None:
@@ -90,6 +90,4 @@ def _read_cache(seed: Seed, frame: Frame) -> None:
 
 
 def _read_text(frame: Frame) -> None:
-    packed = frame.body(SegmentType.TEXT_ZSTD)
-    text = read_text(frame) if packed is None else _decompress(packed, LIMITS)
-    assert len(text) <= LIMITS.max_bytes
+    assert len(text_of(frame, LIMITS)) <= LIMITS.max_bytes

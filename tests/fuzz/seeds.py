@@ -11,7 +11,7 @@ from kvferry.codec.manifest import spans_segment
 from kvferry.kv import KV, Geometry, Plan, Spans
 from kvferry.session.message import text_message
 from kvferry.wire import Agreement, Frame, MessageKind, cut, json_frame, pack, text_frame
-from test_codec import SPECS
+from specs import SPECS
 
 KEY = bytes(range(32))
 NOBODY = contract.geometry(((1, 1, 1),), model="00")

@@ -1,6 +1,7 @@
 """Which numbers of a block share a scale, and the scales themselves."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -100,7 +101,20 @@ def scales_of(peaks: Float[Tensor, "*groups"], top: float, scale: ScaleFormat) -
     """`peak / top` in the format of scales, clamped to its range. `top` is what the largest of a group becomes."""
     # A tensor, not a number: some devices multiply by the reciprocal of a number, which rounds differently.
     ratio = peaks / peaks.new_full((), top)
-    return ratio.clamp(*SCALE_RANGES[scale]).to(SCALE_DTYPES[scale])
+    return ratio.clamp(SCALE_RANGES[scale][0], highest_scale(top, scale)).to(SCALE_DTYPES[scale])
+
+
+@cache
+def highest_scale(top: float, scale: ScaleFormat) -> float:
+    """The largest scale of a format with which `top` is finite in float32.
+
+    >>> highest_scale(127.0, "float16"), 127.0 * highest_scale(127.0, "bfloat16") < 2.0**128
+    (65504.0, True)
+    """
+    bound = min(SCALE_RANGES[scale][1], torch.finfo(torch.float32).max / top)
+    nearest = torch.tensor(bound, dtype=torch.float64).to(SCALE_DTYPES[scale])
+    below = (nearest.view(torch.int16) - 1).view(SCALE_DTYPES[scale])
+    return float(nearest if float(nearest) <= bound else below)
 
 
 def _reorder(

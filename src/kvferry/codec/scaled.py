@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvferry.codec.bits import pack_codes, packed_length, unpack_codes
 from kvferry.codec.fixed import FixedRate
-from kvferry.codec.groups import SCALE_DTYPES, Grouping, ScaleFormat, scales_of
+from kvferry.codec.groups import SCALE_DTYPES, Grouping, ScaleFormat, highest_scale, scales_of
 from kvferry.errors import Malformed
 
 _SCALE_BYTES = 2
@@ -67,7 +67,7 @@ class Scaled(FixedRate):
         self, data: UInt8[Tensor, " bytes"], shape: tuple[int, int, int]
     ) -> Float[Tensor, "heads tokens dim"]:
         n_rows, length = self.grouping.rows(*shape)
-        scales = self.scales(data.unsqueeze(0), shape).reshape(n_rows, -1)
+        scales = self.scales(data.unsqueeze(0), *shape).reshape(n_rows, -1)
         codes = unpack_codes(data[_SCALE_BYTES * scales.numel() :], self.code_bits, n_rows * length)
         wrong = self.forbidden(codes)
         if bool(wrong.any()):
@@ -76,15 +76,19 @@ class Scaled(FixedRate):
         return self.grouping.join(self._dequantise(codes.reshape(n_rows, length), scales), shape)
 
     def scales(
-        self, data: UInt8[Tensor, "layers bytes"], shape: tuple[int, int, int]
+        self, data: UInt8[Tensor, "layers bytes"], heads: int, tokens: int, dim: int
     ) -> Shaped[Tensor, "layers groups"]:
-        """The scales at the front of blocks; `Malformed` unless all are positive and finite."""
-        # The copy starts at an even address, which a view as 16-bit floats needs.
-        n_groups = self.grouping.n_groups(*shape)
-        front = data[:, : _SCALE_BYTES * n_groups].flatten().clone()
-        scales = front.view(SCALE_DTYPES[self.scale_format]).reshape(len(data), n_groups)
-        if not bool(((scales > 0) & scales.isfinite()).all()):
-            raise Malformed("a scale is zero, negative or not finite", cure="Write positive finite scales")
+        """The scales at the front of blocks; `Malformed` unless all could have been written."""
+        dtype = SCALE_DTYPES[self.scale_format]
+        # A copy starts at an even address, which a view as 16-bit numbers needs.
+        front = data.new_empty(len(data), _SCALE_BYTES * self.grouping.n_groups(heads, tokens, dim))
+        scales = front.copy_(data[:, : front.shape[1]]).view(dtype)
+        # Positive floats have positive patterns, in the same order; NaN comes behind infinity.
+        lowest, highest = scales.view(torch.int16).aminmax()
+        limit = highest_scale(self.top, self.scale_format)
+        if lowest <= 0 or highest > torch.tensor(limit, dtype=dtype).view(torch.int16):
+            cure = f"Write positive scales up to {limit:.6g}: numbers stay finite"
+            raise Malformed("a scale is zero, negative or too large", cure=cure)
         return scales
 
     def through(

@@ -25,6 +25,7 @@ from kvferry.wire import (
 )
 
 ZSTD_LEVEL = 19
+_NOTHING = zstandard.ZstdCompressor(ZSTD_LEVEL).compress(b"")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Message:
     @cached_property
     def text(self) -> str:
         """The text of a text message, decompressed within the wire's limits."""
-        packed = self.frame.body(SegmentType.TEXT_ZSTD)
-        return read_text(self.frame) if packed is None else _decompress(packed, DEFAULT_LIMITS)
+        return text_of(self.frame)
 
     def save(self, path: str | Path) -> None:
         """Write the message to a file, beside its place and then there."""
@@ -92,6 +92,18 @@ def text_message(text: str, *, compress: bool = False) -> Message:
     return message_of(Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT_ZSTD, body),)))
 
 
+def text_of(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> str:
+    """The text of a text frame, decompressed within the limits; `Malformed`, `LimitExceeded`."""
+    packed = frame.body(SegmentType.TEXT_ZSTD)
+    if packed is None:
+        return read_text(frame)
+    if len(frame.segments) > 1:
+        raise Malformed(
+            f"{len(frame.segments)} segments in a frame of packed text", cure="Send the text once"
+        )
+    return _decompress(packed, limits)
+
+
 def _decompress(packed: bytes, limits: Limits) -> str:
     try:
         n_bytes = zstandard.frame_content_size(packed)
@@ -102,7 +114,9 @@ def _decompress(packed: bytes, limits: Limits) -> str:
             raise LimitExceeded(
                 f"the text unpacks to {n_bytes} bytes, the limit is {limits.max_bytes}", cure=cure
             )
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=n_bytes).decode()
+        if n_bytes == 0 and packed != _NOTHING:  # the library looks no further than the stated size
+            raise Malformed("the packed text states 0 bytes and holds some", cure="State its size")
+        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False).decode()
     except (zstandard.ZstdError, UnicodeDecodeError) as error:
         raise Malformed(
             f"the packed text cannot be read: {error}", cure="Send one zstd frame of UTF-8"

@@ -5,18 +5,19 @@ Damaged or cut bytes are surveyed up to their last whole segment; the error that
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from kvferry.codec.extent import read_shape, read_tokens
 from kvferry.errors import KvferryError, LimitExceeded, WireError
-from kvferry.session.message import message_of
+from kvferry.session.message import text_of
 from kvferry.wire import (
     DEFAULT_LIMITS,
     MAJOR,
     Agreement,
     Frame,
+    Limits,
     MessageKind,
     Segment,
     SegmentType,
@@ -113,20 +114,22 @@ class Survey:
     error: Problem | None
 
 
-def survey(data: bytes, key: bytes | None = None) -> tuple[Survey, KvferryError | None]:
+def survey(
+    data: bytes, key: bytes | None = None, limits: Limits = DEFAULT_LIMITS
+) -> tuple[Survey, KvferryError | None]:
     """The survey of a message, and the error that it reports, if there is one. `key` opens the seal of a sealed one."""
     anybody = (_taken_at_its_word(_contract_id(data)),)
-    error = _error(data, anybody, key)
+    error = _error(data, limits, anybody, key)
     try:
-        start = read_header(memoryview(data), DEFAULT_LIMITS, anybody)
+        start = read_header(memoryview(data), limits, anybody)
     except KvferryError:
         return Survey(len(data), 0, None, (), None, None, None, _problem(error)), error
-    parts = _parts(data, start.n_bytes)
+    parts = _parts(data, start.n_bytes, limits)
     frame = _frame(start.header, [part for _, part, _ in parts])
     try:
         cache = _cache(frame, 0 if error else len(data)) if frame.kind == MessageKind.KV else None
-        text = _text(frame) if frame.kind == MessageKind.TEXT else None
-        content = read_json(frame) if frame.bodies(SegmentType.JSON) else None
+        text = text_of(frame, limits) if frame.kind == MessageKind.TEXT and frame.segments else None
+        content = read_json(frame, limits) if frame.bodies(SegmentType.JSON) else None
     except KvferryError as found:
         cache, text, content, error = None, None, None, error or found
     rows = tuple(_row(data, *part) for part in parts)
@@ -139,9 +142,11 @@ def _taken_at_its_word(contract_id: int) -> Agreement:
     return type("Anything", (Agreement,), {"contract_id": contract_id})()
 
 
-def _error(data: bytes, anybody: Sequence[Agreement], key: bytes | None) -> KvferryError | None:
+def _error(
+    data: bytes, limits: Limits, anybody: Sequence[Agreement], key: bytes | None
+) -> KvferryError | None:
     try:
-        unpack(data, agreements=anybody, key=key)
+        unpack(data, limits, anybody, key)
     except KvferryError as error:
         return error
     return None
@@ -152,12 +157,12 @@ def _contract_id(data: bytes) -> int:
     return int.from_bytes(data[_CONTRACT_AT : _CONTRACT_AT + 4], "little")
 
 
-def _parts(data: bytes, offset: int) -> list[tuple[int, Segment, int]]:
+def _parts(data: bytes, offset: int, limits: Limits) -> list[tuple[int, Segment, int]]:
     """Begin, segment and end of everything that can be read, up to END, damage or cut."""
     view, parts = memoryview(data), []
     with suppress(WireError):
         while not (parts and parts[-1][1].type == SegmentType.END):
-            found = read_segment(view, offset, DEFAULT_LIMITS)
+            found = read_segment(view, offset, limits)
             if found is None:
                 break
             parts.append((offset, *found))
@@ -203,11 +208,6 @@ def _row(data: bytes, offset: int, segment: Segment, end: int) -> SegmentRow:
         share=(end - offset) / len(data),
         checksum=f"{int.from_bytes(data[body - _CHECKSUM_BYTES : body], 'little'):08x}",
     )
-
-
-def _text(frame: Frame) -> str | None:
-    """The text, if it came whole."""
-    return message_of(replace(frame, short=False)).text if frame.segments else None
 
 
 def _cache(frame: Frame, n_bytes: int) -> CacheRow:

@@ -1,0 +1,213 @@
+"""Hostile payloads of the codecs: checksums are right, the numbers inside lie. Refused by name, with little memory."""
+
+import struct
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+import torch
+import zstandard
+
+import contract
+from attacks import forge
+from fuzz import oracle
+from fuzz.mutate import NUMBERS
+from fuzz.seeds import seeds
+from fuzz.structure import parts_of, written
+from kvferry.codec import CODECS, decode
+from kvferry.errors import KvferryError, LimitExceeded, Malformed, Truncated, WireError
+from kvferry.session.message import Message, text_message
+from kvferry.session.survey import survey
+from kvferry.wire import Frame, Limits, MessageKind, Segment, SegmentType, pack, unpack
+from specs import SPECS, untried
+
+KV_CACHE = contract.cache(((1, 3, 2), (2, 4, 1)), n_tokens=5)
+every_spec = pytest.mark.parametrize("spec", SPECS)
+FRAMES = [seed for seed in seeds() if not seed.datagrams]
+every_seed = pytest.mark.parametrize("seed", FRAMES, ids=lambda seed: seed.name)
+
+
+def test_every_codec_and_option_is_attacked():
+    assert untried(SPECS) == []
+
+
+def payloads(frame: Frame, *bodies: bytes) -> Frame:
+    """The frame with other PAYLOAD segments."""
+    others = tuple(segment for segment in frame.segments if segment.type != SegmentType.PAYLOAD)
+    return replace(frame, segments=(*others, *(Segment(SegmentType.PAYLOAD, body) for body in bodies)))
+
+
+@every_spec
+def test_a_payload_of_any_other_length(spec):
+    frame = CODECS.parse(spec).encode(KV_CACHE)
+    first, second = frame.bodies(SegmentType.PAYLOAD)
+    lengths = [*range(len(first)), len(first) + 1, len(first) + 100]
+    for length in lengths:
+        with pytest.raises(Malformed):
+            decode(payloads(frame, first.ljust(length, b"\1")[:length], second), KV_CACHE.geometry)
+
+
+@every_spec
+@pytest.mark.parametrize("byte", [0x00, 0x01, 0x3C, 0x7F, 0x80, 0xFF])
+def test_a_payload_of_one_byte_repeated(spec, byte):
+    """A plain body of zeros, largest scales, NaN, ...: refused, or finite numbers."""
+    codec = CODECS.parse(spec)
+    frame = codec.encode(KV_CACHE)
+    plain = replace(codec, zstd=0).encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+    _refused_or_finite(payloads(frame, *(bytes([byte]) * len(body) for body in plain)))
+
+
+@every_spec
+@pytest.mark.parametrize("bits", [0x0000, 0x0001, 0x7BFF, 0x7C00, 0x7F7F, 0x7F80, 0x8001, 0xFF7F])
+def test_any_first_number_of_a_payload(spec, bits):
+    """Scales, means and numbers at the ends of their range, with the largest codes behind them."""
+    codec = CODECS.parse(spec)
+    frame = codec.encode(KV_CACHE)
+    plain = replace(codec, zstd=0).encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+    for width in range(2, 24, 2):
+        for rest in (0x7F, 0x77, 0x11):
+            bodies = [
+                (struct.pack("<H", bits) * (width // 2)).ljust(len(body), bytes([rest])) for body in plain
+            ]
+            cut = [body[: len(one)] for body, one in zip(bodies, plain, strict=True)]
+            _refused_or_finite(payloads(frame, *cut))
+
+
+def _refused_or_finite(frame: Frame) -> None:
+    try:
+        came = decode(frame, KV_CACHE.geometry)
+    except Malformed:
+        return
+    for group in came.groups:
+        assert bool(torch.isfinite(group.keys).all())
+        assert bool(torch.isfinite(group.values).all())
+
+
+@every_spec
+def test_the_largest_numbers_come_back_finite(spec):
+    largest = torch.finfo(torch.float16 if "float16" in spec and "raw" in spec else torch.float32).max
+    if "raw(bfloat16" in spec:
+        largest = torch.finfo(torch.bfloat16).max
+    kv = contract.cache(((2, 4, 4),), n_tokens=3)
+    (group,) = kv.groups
+    group.keys.copy_(group.keys.sign() * largest)
+    came = contract.over_the_wire(CODECS.parse(spec), kv)
+    assert bool(torch.isfinite(came.groups[0].keys).all())
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "zstd" in spec])
+def test_a_bomb_behind_the_second_stage(spec):
+    """A zstd frame may state the length that the shape gives, and no other; what it holds must keep to it."""
+    frame = CODECS.parse(spec).encode(KV_CACHE)
+    plain = replace(CODECS.parse(spec), zstd=0).encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+    bomb = zstandard.ZstdCompressor(19).compress(bytes(1 << 28))
+    liar = bytearray(zstandard.ZstdCompressor(19).compress(bytes(200)))
+    assert len(bomb) < 40_000
+    for body in (bomb, _stating(bomb, len(plain[0])), bytes(liar), bomb[:20], liar[:-3], _unstated(plain[0])):
+        with pytest.raises(Malformed):
+            decode(payloads(frame, bytes(body), plain[1]), KV_CACHE.geometry)
+        assert _peak(lambda body=body: _refused_or_finite(payloads(frame, bytes(body), plain[1]))) < 1_000_000
+
+
+def _stating(bomb: bytes, length: int) -> bytes:
+    """A bomb whose header says a harmless length: single segment, content size of 4 bytes."""
+    size = zstandard.frame_header_size(bomb)
+    return bomb[:4] + bytes([0xA0]) + struct.pack("<I", length) + bomb[size:]
+
+
+def _unstated(plain: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_content_size=False).compress(plain)
+
+
+@pytest.mark.parametrize(
+    "stated", [0, 1, 21, 1 << 20, 1 << 31, 1 << 32, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+)
+def test_a_text_that_states_another_length(stated):
+    packed = zstandard.ZstdCompressor(19).compress(b"Ann has tea in Oslo.")
+    size = zstandard.frame_header_size(packed)
+    forged = packed[:4] + bytes([0xE0]) + struct.pack("<Q", stated) + packed[size:]
+    frame = Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT_ZSTD, forged),))
+    with pytest.raises((Malformed, LimitExceeded)):
+        _ = Message(pack(frame)).text
+    found, error = survey(pack(frame))
+    assert isinstance(error, WireError) and found.text is None
+
+
+def test_a_text_is_one_zstd_frame_and_nothing_else():
+    packed = zstandard.ZstdCompressor(19).compress(b"Ann has tea in Oslo.")
+    for body in (packed + b"\0", packed + packed, packed[:-1], b"", b"hi"):
+        with pytest.raises(Malformed):
+            _ = Message(pack(Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT_ZSTD, body),)))).text
+    twice = (Segment(SegmentType.TEXT_ZSTD, packed), Segment(SegmentType.TEXT, b"Ann has tea in Oslo."))
+    with pytest.raises(Malformed):
+        _ = Message(pack(Frame(MessageKind.TEXT, segments=twice))).text
+    assert text_message("", compress=True).text == ""
+
+
+def test_a_text_bomb_is_refused_before_it_is_opened():
+    bomb = zstandard.ZstdCompressor(19).compress(bytes((1 << 30) + 1))
+    frame = Frame(MessageKind.TEXT, segments=(Segment(SegmentType.TEXT_ZSTD, bomb),))
+
+    def read() -> None:
+        with pytest.raises(LimitExceeded):
+            _ = Message(pack(frame)).text
+
+    assert _peak(read) < 2_000_000
+
+
+@every_seed
+def test_cut_at_every_byte(seed):
+    for cut in range(len(seed.data)):
+        with pytest.raises(Truncated):
+            unpack(seed.data[:cut], agreements=seed.agreements, key=seed.key)
+
+
+@every_seed
+def test_every_header_field_at_its_extremes(seed):
+    """With the header's checksum right: refused, or read to the same bytes."""
+    parts = parts_of(seed)
+    for name, old in parts.fields.items():
+        for value in (*NUMBERS, -1, -(2**15)) if isinstance(old, int) else (b"\0\0\0\0", b"\x89PNG"):
+            try:
+                data = written(replace(parts, fields={**parts.fields, name: value}))
+            except struct.error:
+                continue  # the field cannot even say that
+            oracle.check(seed, data)
+
+
+@every_seed
+def test_every_segment_left_out_doubled_and_emptied(seed):
+    parts = parts_of(seed)
+    for at, (kind, flags, body) in enumerate(parts.segments):
+        before, after = parts.segments[:at], parts.segments[at + 1 :]
+        for found in ((), ((kind, flags, body),) * 2, ((kind, flags, b""),), ((kind, flags, body + b"\0"),)):
+            oracle.check(seed, written(replace(parts, segments=(*before, *found, *after))))
+
+
+@every_seed
+@pytest.mark.parametrize("length", [2**31, 2**32, 2**40, 2**62])
+def test_a_segment_of_huge_length(seed, length):
+    parts = parts_of(seed)
+    kind, flags, body = parts.segments[-1]
+    data = written(parts)[: -len(forge.segment(255, bytes(9)))] + forge.segment(
+        kind, body, flags, length=forge.varint(length)
+    )
+    found = []
+
+    def read() -> None:
+        try:
+            unpack(data, Limits(max_bytes=1 << 20), seed.agreements, seed.key)
+        except KvferryError as error:
+            found.append(error)
+
+    assert _peak(read) < 200_000
+    assert isinstance(found[0], WireError)
+
+
+def _peak(action) -> int:
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
