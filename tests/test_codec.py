@@ -40,6 +40,9 @@ SPECS = [
     "int(8, group=1000000000000, axis=channel)",
     "nf4",
     "fp8",
+    "ecsq",
+    "ecsq(step=-300, weighting=part)",
+    "ecsq(step=40, weighting=frame)",
 ]
 INTS = [spec for spec in SPECS if spec.startswith("int")]
 MEMBERS = {spec: CODECS.parse(spec) for spec in SPECS}

@@ -27,6 +27,12 @@ class Method:
         values = [f"{key}={_write(value)}" for key, value in self.config().items()]
         return f"{self.name}({', '.join(values)})" if values else self.name
 
+    def brief(self) -> str:
+        """The shortest spec: options at their defaults are left out."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = [f"{key}={_write(value)}" for key, value in self.config().items() if value != defaults[key]]
+        return f"{self.name}({', '.join(values)})" if values else self.name
+
     def config(self) -> dict[str, Any]:
         """The fields as plain values, in order."""
         return {name: getattr(self, name) for name in _options(type(self))}

@@ -7,6 +7,8 @@ codecs of the built-in table and can cause no other import.
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -15,9 +17,10 @@ from torch import Tensor
 from kvferry.codec.manifest import wire_hash
 from kvferry.codec.table import CODECS, ON_THE_WIRE
 from kvferry.errors import CodecNotCovered, Malformed, ShapeMismatch, UsageError
-from kvferry.kv import KV, Geometry, Plan
+from kvferry.kv import KV, Geometry, KeySpace, Plan
 from kvferry.spec import Method
 from kvferry.wire import DEFAULT_LIMITS, Frame, Limits, Segment, SegmentType
+from kvferry.wire.header import Header
 
 __all__ = ["Codec", "codec_of", "decode", "kept", "roundtrip", "spec_segment", "wire_hash"]
 
@@ -25,17 +28,12 @@ _MAX_SPEC_BYTES = 256
 _SPEC = re.compile(r"([a-z][a-z0-9_]*)(\([\w=, .+-]*\))?", re.ASCII)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a formula says that a cache takes, in bytes: codes and scales alone, as papers count."""
-
-    payload: float
-    scales: float
-
-
 @dataclass(frozen=True, repr=False)
 class Codec(Method, ABC):
     """Turns the cache of one sequence into a frame and back."""
+
+    spaces: ClassVar[tuple[KeySpace, ...]] = ("content", "rotated")
+    """Key spaces it takes; `WrongKeySpace` for another."""
 
     @abstractmethod
     def encode(self, kv: KV, plan: Plan | None = None, max_bytes: int | None = None) -> Frame:
@@ -56,9 +54,13 @@ class Codec(Method, ABC):
         Slots stay where they are; absent ones become zero. Values are not checked for NaN: no device is waited for.
         """
 
-    def estimate(self, kv: KV) -> Estimate | None:
-        """The bytes of one sequence by formula, no header counted; None where the codec has no formula."""
-        return None
+    def said_by(self, header: Header) -> "Codec":
+        """This codec with the options that a header says, which are left out of SPEC."""
+        return self
+
+    def unsaid(self) -> "Codec":
+        """This codec with those options at their defaults."""
+        return self
 
 
 def codec_of(frame: Frame) -> Codec:
@@ -80,16 +82,18 @@ def codec_of(frame: Frame) -> Codec:
         raise CodecNotCovered(
             f"codec {match[1]!r} is not built in", cure=f"Use one of {', '.join(ON_THE_WIRE)}"
         )
-    return _parsed(text)
+    return _parsed(text).said_by(frame)
 
 
+@lru_cache(maxsize=64)
 def _parsed(text: str) -> Codec:
     try:
         codec = CODECS.parse(text)
     except UsageError as error:
         raise Malformed(f"SPEC {text!r}: {error.what}", cure=error.cure) from None
-    if repr(codec) != text:
-        raise Malformed(f"SPEC {text!r} is not canonical", cure=f"Write {codec!r}")
+    if codec.unsaid().brief() != text:
+        cure = f"Write {codec.unsaid().brief()}"
+        raise Malformed(f"SPEC {text!r} is not canonical", cure=cure)
     return codec
 
 
@@ -113,8 +117,8 @@ def roundtrip(codec: Codec, kv: KV) -> KV:
 
 
 def spec_segment(codec: Codec) -> Segment:
-    """The codec itself, as text."""
-    return Segment(SegmentType.SPEC, repr(codec).encode("ascii"))
+    """The codec itself, as the shortest text: its defaults are part of the format."""
+    return Segment(SegmentType.SPEC, codec.unsaid().brief().encode("ascii"))
 
 
 def kept(kv: KV, plan: Plan | None) -> Bool[Tensor, "layers tokens"]:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from kvferry.codec.base import Codec
 
 ON_THE_WIRE = {
+    "ecsq": "kvferry.codec.ecsq:Ecsq",
     "fp8": "kvferry.codec.fp8:Fp8",
     "int": "kvferry.codec.integer:Int",
     "nf4": "kvferry.codec.nf4:Nf4",

@@ -1,0 +1,195 @@
+"""The rows of one part on its grid: symbols out of a cache, numbers into a cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt8
+
+from kvferry.codec.ecsq import loops
+from kvferry.codec.ecsq.grid import CLASS_EXPONENT, SILENT, Grid, centre, class_level, step_size, whole
+from kvferry.codec.ecsq.layout import Block, Part
+from kvferry.codec.entropy.rawbits import BitReader
+from kvferry.codec.entropy.symbols import Raw, Rows, join, split
+from kvferry.codec.entropy.tables import LOWEST, N_TABLES, tables
+from kvferry.codec.fast import available, compiled
+from kvferry.errors import UsageError
+
+_LARGEST = 1 << 24
+"""Whole numbers stay exact in float32."""
+
+BlockArray = Float32[np.ndarray, "heads tokens dim"]
+Symbols = UInt8[np.ndarray, " n"]
+Indices = Int64[np.ndarray, " some"]
+
+
+Arrays = Callable[[Block], BlockArray]
+"""Hands out the array of a block: all tokens of the message, those that its layer does not hold too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """The rows of a part on a grid, and the order in which they are coded."""
+
+    part: Part
+    grid: Grid
+
+    @cached_property
+    def level(self) -> Int64[np.ndarray, " rows"]:
+        """Of each row; `SILENT` for those of a silent channel, which are not sent."""
+        rows, level = self.part.rows, self.grid.level[self.part.rows.channel]
+        return np.where(level == SILENT, SILENT, class_level(level, rows.token_class))
+
+    @cached_property
+    def exponent(self) -> Int64[np.ndarray, " rows"]:
+        rows = self.part.rows
+        return self.grid.exponent[rows.channel] + CLASS_EXPONENT * (rows.token_class - 1)
+
+    @cached_property
+    def mean(self) -> Float32[np.ndarray, " rows"]:
+        return self.grid.mean[self.part.rows.channel]
+
+    @cached_property
+    def sent(self) -> Int64[np.ndarray, " sent"]:
+        """The rows that are sent, by table, so that a decoder stays with one table as long as it can."""
+        index = np.flatnonzero(self.level != SILENT)
+        return index[np.argsort(Rows(self.level[index], index).table, kind="stable")]
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Levels and lengths of the rows that are sent."""
+        return Rows(self.level[self.sent], self.part.rows.length[self.sent])
+
+    def places(self, sent: Indices) -> Int64[np.ndarray, " rows"]:
+        """Where each row starts among the numbers of some rows; -1 for the others."""
+        lengths = self.part.rows.length[sent]
+        place = np.full(len(self.level), -1, np.int64)
+        place[sent] = np.cumsum(lengths) - lengths
+        return place
+
+
+def part_symbols(quantised: Quantised, arrays: Arrays) -> tuple[Symbols, Raw]:
+    """The symbols of the rows that are sent, and their raw bits."""
+    symbols = np.zeros(int(quantised.rows.lengths.sum()), np.uint8)
+    plain = np.ones(len(quantised.level), np.bool_)
+    if available():
+        plain = _fast_symbols(quantised, arrays, symbols)
+    sent = plain[quantised.sent]
+    numbers = _numbers(quantised, arrays, quantised.sent[sent])
+    found, raw = split(numbers, quantised.rows.take(sent))
+    symbols[_members(quantised.rows, sent)] = found
+    return symbols, raw
+
+
+def part_values(quantised: Quantised, symbols: Symbols, reader: BitReader, arrays: Arrays) -> None:
+    """Write the numbers of a part into the arrays of its blocks, and the means of silent channels."""
+    escape = (2 * tables().reach[quantised.rows.table] + 1).astype(np.uint8)
+    escaped = np.flatnonzero(symbols == np.repeat(escape, quantised.rows.lengths))
+    plain = quantised.rows.shift > 0
+    plain[np.searchsorted(np.cumsum(quantised.rows.lengths), escaped, side="right")] = True
+    if available():
+        _fast_values(quantised, symbols, arrays)
+    else:
+        plain[:] = True
+    numbers = join(symbols[_members(quantised.rows, plain)], quantised.rows.take(plain), reader)
+    silent = np.flatnonzero(quantised.level == SILENT)
+    still = np.zeros(int(quantised.part.rows.length[silent].sum()), np.int64)
+    _write(
+        quantised, np.concatenate([quantised.sent[plain], silent]), np.concatenate([numbers, still]), arrays
+    )
+
+
+def write_through(quantised: Quantised, source: Arrays, target: Arrays) -> None:
+    """What coding does to the numbers of a part."""
+    every = np.arange(len(quantised.level))
+    _write(quantised, every, _numbers(quantised, source, every), target)
+
+
+def _members(rows: Rows, chosen: Bool[np.ndarray, " sent"]) -> Int64[np.ndarray, " n"]:
+    """Where the numbers of some rows lie among those of all."""
+    if not chosen.any():
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.repeat(chosen, rows.lengths))
+
+
+def _fast_symbols(quantised: Quantised, arrays: Arrays, symbols: Symbols) -> Bool[np.ndarray, " rows"]:
+    """Write the symbols of rows without raw bits; returns the rows that have some."""
+    table = quantised.level - LOWEST
+    raw = table >= N_TABLES
+    place = np.where(raw, -1, quantised.places(quantised.sent))
+    inverse = np.float32(1) / step_size(quantised.exponent)
+    reach = tables().reach[np.clip(table, 0, N_TABLES - 1)]
+    for block, held, rows in quantised.part.row_groups():
+        compiled(loops.symbols)(
+            arrays(block),
+            held,
+            quantised.mean[rows],
+            inverse[rows],
+            reach[rows],
+            place[rows],
+            symbols,
+            raw[rows],
+        )
+    return raw
+
+
+def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> None:
+    """Write the numbers of all rows but those with raw bits."""
+    table = np.clip(quantised.level - LOWEST, 0, N_TABLES - 1)
+    step, place = step_size(quantised.exponent), quantised.places(quantised.sent)
+    for block, held, rows in quantised.part.row_groups():
+        compiled(loops.values)(
+            arrays(block),
+            held,
+            symbols,
+            place[rows],
+            table[rows],
+            _centres(),
+            step[rows],
+            quantised.mean[rows],
+        )
+
+
+@cache
+def _centres() -> Float32[np.ndarray, "tables symbols"]:
+    """`centre` of every symbol of every table."""
+    symbol = np.arange(tables().frequency.shape[1])
+    numbers = symbol - tables().reach[:, None]
+    return centre(numbers, np.broadcast_to(np.arange(N_TABLES)[:, None] + LOWEST, numbers.shape))
+
+
+def _numbers(quantised: Quantised, arrays: Arrays, sent: Indices) -> Int64[np.ndarray, " n"]:
+    """The whole numbers of some rows, one row after the other; 0 in silent ones."""
+    place = quantised.places(sent)
+    out = np.zeros(int(quantised.part.rows.length[sent].sum()), np.int64)
+    for block, held, group in quantised.part.row_groups():
+        some = np.flatnonzero(place[group] >= 0)
+        if len(some):
+            rows = group.start + some
+            numbers = arrays(block).transpose(0, 2, 1).reshape(block.n_channels, -1)[some][:, held]
+            found = _checked(whole(numbers, quantised.mean[rows], quantised.exponent[rows]))
+            out[place[rows][:, None] + np.arange(len(held))] = found
+    return out
+
+
+def _checked(numbers: Float32[np.ndarray, "rows tokens"]) -> Float32[np.ndarray, "rows tokens"]:
+    largest = float(np.abs(numbers).max(initial=0))
+    if not largest < _LARGEST:
+        cure = "Use a coarser step, or raw"
+        raise UsageError(f"a number of {largest:.3g} steps, the limit is {_LARGEST}", cure=cure)
+    return numbers
+
+
+def _write(quantised: Quantised, sent: Indices, numbers: Int64[np.ndarray, " n"], arrays: Arrays) -> None:
+    """Write the numbers of some rows to their places."""
+    place = quantised.places(sent)
+    for block, held, group in quantised.part.row_groups():
+        some = np.flatnonzero(place[group] >= 0)
+        if len(some):
+            rows = group.start + some
+            found = numbers[place[rows][:, None] + np.arange(len(held))]
+            level = np.broadcast_to(quantised.level[rows][:, None], found.shape)
+            step, mean = step_size(quantised.exponent[rows])[:, None], quantised.mean[rows][:, None]
+            head, dim = np.divmod(some, block.dim)
+            arrays(block)[head[:, None], held[None], dim[:, None]] = centre(found, level) * step + mean
