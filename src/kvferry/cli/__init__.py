@@ -7,6 +7,8 @@ import typer
 from kvferry import __version__
 from kvferry.cli.aligners import aligners
 from kvferry.cli.ask import ask
+from kvferry.cli.bench import bench
+from kvferry.cli.bytes import count_bytes
 from kvferry.cli.demo import demo
 from kvferry.cli.fit import fit
 from kvferry.cli.group import Verbs
@@ -26,9 +28,11 @@ app.command()(send)
 app.command("pack")(pack_file)
 app.command("unpack")(unpack_file)
 app.command()(inspect)
+app.command("bytes")(count_bytes)
 app.command()(demo)
 app.command()(fit)
 app.command()(aligners)
+app.add_typer(bench, name="bench")
 app.add_typer(zoo, name="zoo")
 
 
