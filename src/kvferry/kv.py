@@ -245,9 +245,13 @@ def _check_layers(kv: KV) -> None:
             f"groups hold layers {held}", cure=f"Hold each of {kv.geometry.n_layers} layers once"
         )
     for group in kv.groups:
-        for row, index in enumerate(group.layers):
+        n_layers = len(group.layers)
+        if (len(group.keys), len(group.values)) != (n_layers, n_layers):
+            what = f"{len(group.keys)} keys and {len(group.values)} values for {n_layers} layers"
+            raise ShapeMismatch(what, cure="Stack one of each per layer")
+        key_shape, value_shape = tuple(group.keys.shape[1:]), tuple(group.values.shape[1:])
+        for index in group.layers:
             layer = kv.geometry.layers[index]
-            key_shape, value_shape = tuple(group.keys[row].shape), tuple(group.values[row].shape)
             body = (kv.n_batch, layer.heads, kv.n_tokens)
             if key_shape != (*body, layer.key_dim) or value_shape != (*body, layer.value_dim):
                 want = f"{(*body, layer.key_dim)} and {(*body, layer.value_dim)}"

@@ -4,13 +4,14 @@ Each layer is one PAYLOAD segment, the block of its keys and then that of its va
 layers, and coding needs memory for one layer at a time.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from kvferry.codec.base import Codec, kept, spec_segment
@@ -22,8 +23,9 @@ from kvferry.kv import KV, Geometry, Group, LayerGeometry, Plan
 from kvferry.wire import Frame, Limits, Segment, SegmentType, packed_bytes
 
 _MEAN_BYTES = 2
-_READY = (torch.float32, torch.bfloat16)
-"""Types that are coded as they are; others become float32, one layer at a time."""
+_LARGE_PAGE = 1 << 21
+_AT_ONCE, _AT_ONCE_ON_DEVICES = 1 << 20, 1 << 22
+"""Numbers taken at once: few calls, and yet memory for few layers, which stays in the cache of a processor."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,18 +69,15 @@ class FixedRate(Codec):
         """The blocks of several layers; `NotFinite` if one holds NaN or infinity."""
         if not bool(values.isfinite().all()):
             raise NotFinite("a number is NaN or infinite", cure="Check the model's dtype: fp16 overflows")
-        empty = values.new_empty(len(values), 0, dtype=torch.uint8)
-        return torch.stack([self.write(block) for block in values]) if values.numel() else empty
+        return torch.stack([self.write(block) for block in values])
 
     def read_layers(
-        self, data: UInt8[Tensor, "layers bytes"], shape: tuple[int, int, int]
-    ) -> Float[Tensor, "layers heads tokens dim"]:
-        """The inverse of `write_layers`."""
-        values = torch.empty(len(data), *shape, device=data.device)
-        for block, row in zip(values, data, strict=True):
-            if block.numel():
-                block.copy_(self.read(row, shape))
-        return values
+        self, data: UInt8[Tensor, "layers bytes"], out: Float[Tensor, "layers heads tokens dim"]
+    ) -> None:
+        """The inverse of `write_layers`, into `out`."""
+        heads, tokens, dim = out.shape[1:]
+        for block, row in zip(out, data, strict=True):
+            block.copy_(self.read(row, (heads, tokens, dim)))
 
     def encode(self, kv: KV, plan: Plan | None = None, max_bytes: int | None = None) -> Frame:
         keep = kept(kv, plan)
@@ -109,8 +108,13 @@ class FixedRate(Codec):
         )
 
     def _layer_bytes(self, manifest: Manifest) -> list[int]:
-        layers = zip(manifest.geometry.layers, manifest.counts, strict=True)
-        return [sum(self._part_bytes(layer, n)) for layer, n in layers]
+        counts = manifest.counts
+        sizes: dict[int, int] = {}
+        for layers in manifest.geometry.groups():
+            shape = manifest.geometry.layers[layers[0]]
+            of = {n: sum(self._part_bytes(shape, n)) for n in {counts[layer] for layer in layers}}
+            sizes.update({layer: of[counts[layer]] for layer in layers})
+        return [sizes[layer] for layer in range(len(counts))]
 
     def _part_bytes(self, layer: LayerGeometry, n_tokens: int) -> tuple[int, int]:
         """Bytes of the keys and of the values of one layer."""
@@ -122,77 +126,74 @@ class FixedRate(Codec):
         """The plain or squeezed body of each layer; `NotFinite` names layer, head and token."""
         bodies: dict[int, bytes] = {}
         try:
-            for group in kv.groups:
-                bodies.update(zip(group.layers, self._write_group(group, keep), strict=True))
+            with torch.no_grad():
+                for group in kv.groups:
+                    bodies.update(zip(group.layers, self._write_group(group, keep), strict=True))
         except NotFinite:
             replace(kv, present=keep.unsqueeze(1)).require_finite()
             raise
         ordered = [bodies[layer] for layer in range(kv.geometry.n_layers)]
         return [squeezed(body, self.zstd) for body in ordered] if self.zstd else ordered
 
-    @torch.no_grad()
     def _write_group(self, group: Group, keep: Bool[Tensor, "all_layers tokens"]) -> Iterator[bytes]:
         here = keep[list(group.layers)]
-        whole = bool(here.all())
-        for rows in [slice(None)] if whole else [slice(row, row + 1) for row in range(len(here))]:
-            index = slice(None) if whole else here[rows][0].nonzero().flatten()
-            keys = self._write_part(group.keys[rows, 0][:, :, index], self.subtracts_means)
-            values = self._write_part(group.values[rows, 0][:, :, index], False)
-            yield from (b"".join((k.data, v.data)) for k, v in zip(keys, values, strict=True))
+        for rows in _runs(group.keys[:, 0], whole=bool(here.all())):
+            index = here[rows][0].nonzero().flatten()
+            keys, values = (x[rows, 0] for x in (group.keys, group.values))
+            if len(index) < keys.shape[2]:
+                keys, values = keys[:, :, index], values[:, :, index]
+            blocks = self._write_part(keys, self.subtracts_means), self._write_part(values, False)
+            yield from (b"".join((key.data, value.data)) for key, value in zip(*blocks, strict=True))
 
     def _write_part(
         self, values: Float[Tensor, "layers heads tokens dim"], centred: bool
     ) -> UInt8[np.ndarray, "layers bytes"]:
-        if values.dtype in _READY and not centred:
+        if not values.numel():
+            return np.empty((len(values), 0), np.uint8)
+        if not centred:
             return self.write_layers(values).cpu().numpy()
-        one = self._write_centred if centred and values.shape[2] else self.write_layers
-        return torch.cat([one(layer.float()) for layer in values.split(1)]).cpu().numpy()
-
-    def _write_centred(self, keys: Float[Tensor, "1 heads tokens dim"]) -> UInt8[Tensor, "1 bytes"]:
+        keys = values.float()
         means = channel_means(keys, torch.tensor([[keys.shape[2]]], device=keys.device))
         body = self.write_layers(keys - means.float().unsqueeze(2))
-        return torch.cat([means.flatten(1).view(torch.uint8), body], 1)
+        return torch.cat([means.flatten(1).view(torch.uint8), body], 1).cpu().numpy()
 
     def _read_group(
         self, layers: tuple[int, ...], bodies: list[bytes], manifest: Manifest, device: torch.device
     ) -> Group:
         present = manifest.present[list(layers)]
-        shape = manifest.geometry.layers[layers[0]]
-        mine = [bodies[layer] for layer in layers]
-        if present.all():
-            keys, values = self._read_layers(mine, shape, manifest.n_tokens, device)
-            return Group(layers, keys.unsqueeze(1), values.unsqueeze(1))
-        slots = torch.zeros(len(layers), 1, shape.heads, manifest.n_tokens, 0, device=device)
-        keys = slots.new_zeros(*slots.shape[:-1], shape.key_dim)
-        values = slots.new_zeros(*slots.shape[:-1], shape.value_dim)
-        for row, body in enumerate(mine):
-            index = torch.from_numpy(np.flatnonzero(present[row])).to(device)
-            key, value = self._read_layers([body], shape, len(index), device)
-            keys[row, 0][:, index], values[row, 0][:, index] = key[0], value[0]
+        shape, whole = manifest.geometry.layers[layers[0]], bool(present.all())
+        slots = (len(layers), 1, shape.heads, manifest.n_tokens)
+        keys, values = (_fresh((*slots, dim), whole, device) for dim in (shape.key_dim, shape.value_dim))
+        for rows in _runs(keys[:, 0], whole):
+            index = torch.from_numpy(np.flatnonzero(present[rows][0])).to(device)
+            mine = [bodies[layer] for layer in layers[rows]]
+            cut, _ = self._part_bytes(shape, len(index))
+            for part, out, centred in (
+                (slice(cut), keys, self.subtracts_means),
+                (slice(cut, None), values, False),
+            ):
+                data = np.stack([np.frombuffer(memoryview(body)[part], np.uint8) for body in mine])
+                into = out[rows, 0] if whole else out.new_empty(1, shape.heads, len(index), out.shape[4])
+                self._read_part(torch.from_numpy(data).to(device), into, centred)
+                if not whole:
+                    out[rows, 0][:, :, index] = into
         return Group(layers, keys, values)
 
-    def _read_layers(
-        self, bodies: list[bytes], layer: LayerGeometry, n_tokens: int, device: torch.device
-    ) -> tuple[Float[Tensor, "layers heads tokens key_dim"], Float[Tensor, "layers heads tokens value_dim"]]:
-        """Keys and values of layers of one shape that hold equally many tokens."""
-        cut, _ = self._part_bytes(layer, n_tokens)
-        halves = (
-            np.stack([np.frombuffer(memoryview(body)[part], np.uint8) for body in bodies])
-            for part in (slice(cut), slice(cut, None))
-        )
-        keys, values = (torch.from_numpy(half).to(device) for half in halves)
-        key_shape = (layer.heads, n_tokens, layer.key_dim)
-        read_keys = self._read_centred if self.subtracts_means and n_tokens else self.read_layers
-        return read_keys(keys, key_shape), self.read_layers(values, (*key_shape[:2], layer.value_dim))
-
-    def _read_centred(
-        self, data: UInt8[Tensor, "layers bytes"], shape: tuple[int, int, int]
-    ) -> Float[Tensor, "layers heads tokens dim"]:
-        cut = _MEAN_BYTES * shape[0] * shape[2]
-        means = data[:, :cut].flatten().clone().view(torch.float16).reshape(-1, shape[0], 1, shape[2])
-        if not bool(means.isfinite().all()):
-            raise Malformed("a mean is NaN or infinite", cure="Send finite means")
-        return self.read_layers(data[:, cut:].contiguous(), shape).add_(means.float())
+    def _read_part(
+        self,
+        data: UInt8[Tensor, "layers bytes"],
+        out: Float[Tensor, "layers heads tokens dim"],
+        centred: bool,
+    ) -> None:
+        if not out.numel():
+            return
+        cut = _MEAN_BYTES * out.shape[1] * out.shape[3] if centred else 0
+        self.read_layers(data[:, cut:].contiguous(), out)
+        if centred:
+            means = data.new_empty(len(data), cut).copy_(data[:, :cut]).view(torch.float16)
+            if not bool(means.isfinite().all()):
+                raise Malformed("a mean is NaN or infinite", cure="Send finite means")
+            out.add_(means.float().reshape(len(data), out.shape[1], 1, out.shape[3]))
 
     def _through_group(self, group: Group, present: Bool[Tensor, "layers batch tokens"]) -> Group:
         slots = present[:, :, None, :, None]
@@ -203,6 +204,26 @@ class FixedRate(Codec):
             keys = torch.where(slots, keys - means, 0.0)
         keys, values = self.through(keys, present) + means, self.through(values, present)
         return Group(group.layers, torch.where(slots, keys, 0.0), torch.where(slots, values, 0.0))
+
+
+def _runs(layers: Shaped[Tensor, "layers heads tokens dim"], whole: bool) -> Iterator[slice]:
+    """Layers to take at once: if all are `whole`, as many as fit; otherwise one, for each holds tokens of its own."""
+    limit = _AT_ONCE if layers.device.type == "cpu" else _AT_ONCE_ON_DEVICES
+    step = max(1, limit // max(1, layers[0].numel())) if whole else 1
+    return (slice(start, start + step) for start in range(0, len(layers), step))
+
+
+def _fresh(shape: tuple[int, ...], whole: bool, device: torch.device) -> Float[Tensor, "..."]:
+    """Memory to read into: zeros unless all of it will be filled."""
+    if not whole:
+        return torch.zeros(shape, device=device)
+    if device.type != "cpu" or 4 * math.prod(shape) < _LARGE_PAGE:
+        return torch.empty(shape, device=device)
+    # numpy asks for large pages, where they fit: fetching as many small ones takes longer than decoding.
+    n_bytes = 4 * math.prod(shape)
+    room = np.empty(n_bytes + 2 * _LARGE_PAGE, np.uint8)
+    start = -room.ctypes.data % _LARGE_PAGE
+    return torch.from_numpy(room[start : start + n_bytes].view(np.float32).reshape(shape))
 
 
 def _check_cap(head: tuple[Segment, ...], payload: list[int], max_bytes: int | None) -> None:

@@ -7,7 +7,6 @@ Caveat: one outlier in a group coarsens the whole group; keys have outlier chann
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -84,22 +83,20 @@ class Int(Scaled):
     def write_layers(self, values: Float[Tensor, "layers heads tokens dim"]) -> UInt8[Tensor, "layers bytes"]:
         if not integer_fast.takes(values):
             return super().write_layers(values)
-        out = np.empty((len(values), self.block_bytes(*values.shape[1:])), np.uint8)
-        limits = (self.top, *self._range)
-        if not integer_fast.write(values, self.grouping, self.scale, self.bits, limits, out):
+        data = integer_fast.write(values, self.grouping, self.scale, self.bits, (self.top, *self._range))
+        if data is None:
             raise NotFinite("a number is NaN or infinite", cure="Check the model's dtype: fp16 overflows")
-        return torch.from_numpy(out)
+        return data
 
     def read_layers(
-        self, data: UInt8[Tensor, "layers bytes"], shape: tuple[int, int, int]
-    ) -> Float[Tensor, "layers heads tokens dim"]:
-        out = torch.empty(len(data), *shape, device=data.device)
+        self, data: UInt8[Tensor, "layers bytes"], out: Float[Tensor, "layers heads tokens dim"]
+    ) -> None:
         if not integer_fast.takes(out):
-            return super().read_layers(data, shape)
-        scales = self.scales(data, shape).float().numpy()
-        if not integer_fast.read(data.numpy(), scales, self.grouping, self.bits, self._middle, out):
+            return super().read_layers(data, out)
+        scales = self.scales(data, *out.shape[1:]).float()
+        if not integer_fast.read(data, scales, self.grouping, self.bits, self._middle, out):
             raise Malformed(f"a code or an unused bit that {self!r} never writes", cure="Send it again")
-        return out
+        return None
 
     def codes(self, units: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
         whole = units.floor() if self._cells else units.round()
