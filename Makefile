@@ -6,7 +6,7 @@ READY := .venv/.ready
 
 export OMP_NUM_THREADS ?= 1 # our models are small: threads cost more than they bring
 
-.PHONY: help demo test test-slow fuzz lint fmt docs bench clean
+.PHONY: help demo test test-slow fuzz lint fmt docs bench bench-wire clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ bench: $(READY) ## the demo for every shipped aligner: bench/PAIR.json and a rep
 	  $(BIN)/kvferry demo --sender $${pair%-to-*} --receiver $${pair#*-to-} \
 	    --json bench/$$pair.json --report bench/$$pair || exit 1; \
 	done
+
+bench-wire: $(READY) ## codecs of ours and of others side by side: bench/wire.json and bench/wire.svg
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@mkdir -p bench
+	$(BIN)/kvferry bench wire --json bench/wire.json --plot bench/wire.svg
 
 clean: ## remove what was built, the .venv too
 	rm -rf .venv site bench dist .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_OURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
 _PEERS = {
     "int-g64": ("#6B6B6B", "o"),
     "centred-g64": ("#6B6B6B", "s"),
@@ -61,8 +61,10 @@ def _canvas(n_panels: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _panel(axes: "Axes", points: list[Measured], model: str, tokens: int) -> None:
-    ours = list(dict.fromkeys(point.family for point in points if point.label == "ours"))
-    for family, curve in curves(points, model, tokens).items():
+    found = curves(points, model, tokens)
+    own = dict.fromkeys(point.family for point in points if point.label == "ours")
+    ours = [family for family in own if family in found]
+    for family, curve in found.items():
         bits, kls = zip(
             *((b, max(kl, _KL_RANGE[0])) for b, kl in curve.points if b <= _MAX_BITS), strict=True
         )

@@ -1,6 +1,7 @@
 """Lossless packers of bfloat16 numbers: zipnn (Huffman codes of exponents), blosc2 (byte shuffle and zstd)."""
 
 import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def zipnn_peers() -> list[Peer]:
         return Packet(8.0 * len(packed), (bytes(packed), shapes))
 
     def decode(parts: Parts) -> Layers:
-        return _layers(packer.decompress(parts[0]), parts[1])
+        return _layers(bytes(packer.decompress(parts[0])), parts[1])
 
     return [Peer("zipnn", "bfloat16", "real", encode, decode, timed=True)]
 
@@ -46,10 +47,12 @@ def blosc2_peers() -> list[Peer]:
 
 
 def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingExtra(name, "bench") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, about torch
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            raise MissingExtra(name, "bench") from None
 
 
 def _flat(layers: Layers) -> tuple[bytes, list[torch.Size]]:
