@@ -109,7 +109,9 @@ def test_documents_of_the_splits_differ(model: Model):
 
 def test_stories_of_the_splits_differ(shared_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(texts.SHARED, str(shared_dir))
-    test, other = ({story[: texts._N_SAME] for story in texts._read_stories(split)} for split in ("test", "calibration"))
+    test, other = (
+        {story[: texts._N_SAME] for story in texts._read_stories(split)} for split in ("test", "calibration")
+    )
     assert len(test) > 100
     assert not test & other
 
