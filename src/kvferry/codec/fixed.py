@@ -217,7 +217,7 @@ def _fresh(shape: tuple[int, ...], whole: bool, device: torch.device) -> Float[T
     """Memory to read into: zeros unless all of it will be filled."""
     if not whole:
         return torch.zeros(shape, device=device)
-    if device.type != "cpu" or 4 * math.prod(shape) < _LARGE_PAGE:
+    if device.type != "cpu" or 4 * math.prod(shape) < _LARGE_PAGE // 2:
         return torch.empty(shape, device=device)
     # numpy asks for large pages, where they fit: fetching as many small ones takes longer than decoding.
     n_bytes = 4 * math.prod(shape)

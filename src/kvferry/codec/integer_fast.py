@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8, UInt32
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvferry.codec import fast
@@ -18,8 +19,6 @@ from kvferry.codec.groups import Grouping, ScaleFormat, scales_of
 SMALLEST = 1 << 16
 """Below so many numbers, compiling or loading what was compiled takes longer than it saves."""
 _INFINITE = 0x7F800000
-_SPARE = 8
-"""Codes of any width are packed by eights."""
 
 
 def takes(values: Tensor) -> bool:
@@ -40,24 +39,18 @@ def write(
     """
     n_rows, length = grouping.rows(*values.shape[1:])
     group = grouping.group or length
-    rows = _rows(values, grouping)
+    rows, shift = _patterns(values, grouping)
     peaks = np.empty((len(rows), grouping.n_groups(*values.shape[1:])), np.uint32)
-    fast.compiled(_peaks)(rows, length, group, peaks)
+    fast.compiled(_peaks)(rows, shift, length, group, peaks)
     if peaks.max() >= _INFINITE:
         return None
     top, lowest, highest = limits
     sent = scales_of(torch.from_numpy(peaks.view(np.float32)), top, scale)
-    codes = np.empty((len(rows), n_rows * length + _SPARE), np.int8)
-    codes[:, -_SPARE:] = 0
-    ends = (np.float32(lowest), np.float32(highest))
-    fast.compiled(_quantise)(
-        rows.view(np.float32), sent.float().numpy(), length, group, *ends, top > highest, codes
-    )
     front = sent.view(torch.uint8).numpy()
-    cut = front.shape[1]
-    out = np.empty((len(rows), cut + packed_length(n_rows * length, bits)), np.uint8)
-    out[:, :cut] = front
-    fast.compiled(_pack)(codes, bits, cut, out)
+    out = np.empty((len(rows), front.shape[1] + packed_length(n_rows * length, bits)), np.uint8)
+    out[:, : front.shape[1]] = front
+    ends = np.float32(lowest), np.float32(highest), top > highest
+    fast.compiled(_write)(rows, shift, sent.float().numpy(), length, group, *ends, bits, front.shape[1], out)
     return torch.from_numpy(out)
 
 
@@ -74,27 +67,26 @@ def read(
     `middle` is what is added to each code.
     """
     n_rows, length = grouping.rows(*out.shape[1:])
-    codes = np.empty((len(out), n_rows * length + _SPARE), np.int8)
-    lowest = fast.compiled(_unpack)(data.numpy(), bits, 2 * scales.shape[1], codes)
     turned = grouping.axis == "channel" or not out.is_contiguous()
     rows = torch.empty(len(out), n_rows * length) if turned else out.flatten(1)
-    group = grouping.group or length
-    fast.compiled(_dequantise)(codes, scales.numpy(), length, group, np.float32(middle), rows.numpy())
+    group, skip = grouping.group or length, 2 * scales.shape[1]
+    lowest = fast.compiled(_read)(
+        data.numpy(), skip, bits, scales.numpy(), length, group, np.float32(middle), rows.numpy()
+    )
     if turned:
         heads, tokens, dim = out.shape[1:]
         out.copy_(grouping.join(rows.unflatten(1, (n_rows, length)), (heads, tokens, dim)))
     return bool(lowest >= -(1 << bits - 1) + (0 if middle else 1))
 
 
-def _rows(
-    values: Float[Tensor, "layers heads tokens dim"], grouping: Grouping
-) -> UInt32[np.ndarray, "layers n"]:
-    """Bit patterns of float32, row after row; of the cache itself where it holds them so."""
-    rows = grouping.cut(values.float()).flatten(1).contiguous()
-    return rows.detach().numpy().view(np.uint32)
+def _patterns(values: Tensor, grouping: Grouping) -> tuple[NDArray[np.uint16] | NDArray[np.uint32], int]:
+    """The bits of the numbers, row after row, and how far to shift them up to be those of a float32."""
+    short = values.dtype == torch.bfloat16
+    rows = grouping.cut(values if short else values.float()).flatten(1).contiguous().detach()
+    return rows.view(torch.uint16 if short else torch.uint32).numpy(), 16 if short else 0
 
 
-def _peaks(rows: Any, length: int, group: int, peaks: Any) -> None:
+def _peaks(rows: Any, shift: int, length: int, group: int, peaks: Any) -> None:
     """The largest magnitude of each group, as a bit pattern."""
     for layer in range(len(rows)):
         line, found = rows[layer], peaks[layer]
@@ -104,22 +96,38 @@ def _peaks(rows: Any, length: int, group: int, peaks: Any) -> None:
                 piece = line[start : min(start + group, row + length)]
                 peak = np.uint32(0)
                 for i in range(len(piece)):
-                    magnitude = piece[i] & np.uint32(0x7FFFFFFF)
+                    magnitude = (np.uint32(piece[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF)
                     peak = magnitude if magnitude > peak else peak
                 found[g] = peak
                 g += 1
 
 
-def _quantise(
-    rows: Any, scales: Any, length: int, group: int, lowest: Any, highest: Any, cells: bool, codes: Any
+def _write(
+    rows: Any,
+    shift: int,
+    scales: Any,
+    length: int,
+    group: int,
+    lowest: np.float32,
+    highest: np.float32,
+    cells: bool,
+    bits: int,
+    skip: int,
+    out: Any,
 ) -> None:
+    codes = np.zeros(rows.shape[1] + 8, np.int8)
+    held = np.empty(rows.shape[1], np.uint32)
+    numbers = held.view(np.float32)
+    mask = (1 << bits) - 1
     for layer in range(len(rows)):
-        line, into, scale_of = rows[layer], codes[layer], scales[layer]
+        line, scale_of, body = rows[layer], scales[layer], out[layer, skip:]
+        for i in range(len(line)):
+            held[i] = np.uint32(line[i]) << np.uint32(shift)
         g = 0
         for row in range(0, len(line), length):
             for start in range(row, row + length, group):
                 stop = min(start + group, row + length)
-                piece, these, scale = line[start:stop], into[start:stop], scale_of[g]
+                piece, these, scale = numbers[start:stop], codes[start:stop], scale_of[g]
                 g += 1
                 for i in range(len(piece)):
                     unit = piece[i] / scale
@@ -127,65 +135,55 @@ def _quantise(
                     unit = unit if unit < highest + np.float32(0.5) else highest
                     unit = unit if unit > lowest else lowest
                     these[i] = np.int32(np.floor(unit) if cells else np.rint(unit))
-
-
-def _pack(codes: Any, bits: int, skip: int, out: Any) -> None:
-    mask = (1 << bits) - 1
-    for layer in range(len(codes)):
-        code, body = codes[layer], out[layer, skip:]
         if bits == 8:
             for i in range(len(body)):
-                body[i] = code[i]
+                body[i] = codes[i]
         elif bits == 4:
             for i in range(len(body)):
-                body[i] = (code[2 * i] & 15) | (code[2 * i + 1] & 15) << 4
+                body[i] = (codes[2 * i] & 15) | (codes[2 * i + 1] & 15) << 4
         else:
             for start in range(0, len(body), bits):
                 string = 0
                 for i in range(8):
-                    string |= (code[start // bits * 8 + i] & mask) << i * bits
+                    string |= (codes[start // bits * 8 + i] & mask) << i * bits
                 for i in range(min(bits, len(body) - start)):
                     body[start + i] = string >> 8 * i & 0xFF
 
 
-def _unpack(data: Any, bits: int, skip: int, codes: Any) -> np.int8:
-    """Codes as numbers; returns the lowest of all, or -128 if a bit behind the last one is set."""
+def _read(
+    data: Any, skip: int, bits: int, scales: Any, length: int, group: int, middle: np.float32, rows: Any
+) -> np.int8:
+    """Returns the lowest of all codes, or -128 if a bit behind the last one is set."""
     sign = 1 << (bits - 1)
-    n_codes = codes.shape[1] - _SPARE
+    n_codes = rows.shape[1]
+    codes = np.zeros(n_codes + 8, np.int8)
     lowest = np.int8(0)
     for layer in range(len(data)):
-        body, code = data[layer, skip:], codes[layer]
+        body, scale_of, into = data[layer, skip:], scales[layer], rows[layer]
         if bits == 8:
             for i in range(len(body)):
-                code[i] = np.int8(body[i])
+                codes[i] = np.int8(body[i])
         elif bits == 4:
             for i in range(len(body)):
-                code[2 * i] = np.int8((body[i] & 15) ^ 8) - np.int8(8)
-                code[2 * i + 1] = np.int8((body[i] >> 4) ^ 8) - np.int8(8)
+                codes[2 * i] = np.int8((body[i] & 15) ^ 8) - np.int8(8)
+                codes[2 * i + 1] = np.int8((body[i] >> 4) ^ 8) - np.int8(8)
         else:
             for start in range(0, len(body), bits):
                 string = 0
                 for i in range(min(bits, len(body) - start)):
                     string |= np.int64(body[start + i]) << 8 * i
-                for i in range(_SPARE):
-                    code[start // bits * 8 + i] = (string >> i * bits & 2 * sign - 1 ^ sign) - sign
-        filled = len(body) * (8 // bits) if bits > 3 else (len(body) + bits - 1) // bits * 8
-        used, unused = code[:n_codes], code[n_codes:filled]
-        for i in range(len(used)):
-            lowest = used[i] if used[i] < lowest else lowest
-        for i in range(len(unused)):
-            lowest = lowest if unused[i] == 0 else np.int8(-128)
-    return lowest
-
-
-def _dequantise(codes: Any, scales: Any, length: int, group: int, middle: np.float32, rows: Any) -> None:
-    for layer in range(len(rows)):
-        line, into, scale_of = codes[layer], rows[layer], scales[layer]
+                for i in range(8):
+                    codes[start // bits * 8 + i] = (string >> i * bits & 2 * sign - 1 ^ sign) - sign
+        for i in range(len(codes)):
+            lowest = codes[i] if codes[i] < lowest else lowest
+        for i in range(n_codes, len(codes)):
+            lowest = lowest if codes[i] == 0 else np.int8(-128)
         g = 0
         for row in range(0, len(into), length):
             for start in range(row, row + length, group):
                 stop = min(start + group, row + length)
-                piece, these, scale = line[start:stop], into[start:stop], scale_of[g]
+                piece, these, scale = codes[start:stop], into[start:stop], scale_of[g]
                 g += 1
                 for i in range(len(piece)):
                     these[i] = (np.float32(piece[i]) + middle) * scale
+    return lowest
