@@ -26,6 +26,9 @@ SPECS = [
     "fp8(e5m2, group=4, axis=token, scale=float16, zstd=3)",
     "fp8(e4m3, group=3, axis=channel)",
     "fp8(e5m2, group=7, axis=block)",
+    "ecsq",
+    "ecsq(step=-300, weighting=part)",
+    "ecsq(step=40, weighting=frame)",
 ]
 
 

@@ -14,8 +14,17 @@ from fuzz import oracle
 from fuzz.mutate import NUMBERS
 from fuzz.seeds import seeds
 from fuzz.structure import parts_of, written
-from kvferry.codec import CODECS, decode
-from kvferry.errors import KvferryError, LimitExceeded, Malformed, Truncated, WireError
+from kvferry.codec import CODECS, Codec, decode
+from kvferry.errors import (
+    KvferryError,
+    LimitExceeded,
+    Malformed,
+    NotFinite,
+    Truncated,
+    UsageError,
+    WireError,
+)
+from kvferry.kv import Plan
 from kvferry.session.message import Message, text_message
 from kvferry.session.survey import survey
 from kvferry.wire import Frame, Limits, MessageKind, Segment, SegmentType, pack, unpack
@@ -37,14 +46,20 @@ def payloads(frame: Frame, *bodies: bytes) -> Frame:
     return replace(frame, segments=(*others, *(Segment(SegmentType.PAYLOAD, body) for body in bodies)))
 
 
+def _plain(codec: Codec) -> list[bytes]:
+    """The payloads without a second stage."""
+    alone = replace(codec, zstd=0) if "zstd" in codec.config() else codec
+    return alone.encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+
+
 @every_spec
 def test_a_payload_of_any_other_length(spec):
     frame = CODECS.parse(spec).encode(KV_CACHE)
-    first, second = frame.bodies(SegmentType.PAYLOAD)
+    first, *others = frame.bodies(SegmentType.PAYLOAD)
     lengths = [*range(len(first)), len(first) + 1, len(first) + 100]
     for length in lengths:
         with pytest.raises(Malformed):
-            decode(payloads(frame, first.ljust(length, b"\1")[:length], second), KV_CACHE.geometry)
+            decode(payloads(frame, first.ljust(length, b"\1")[:length], *others), KV_CACHE.geometry)
 
 
 @every_spec
@@ -53,7 +68,7 @@ def test_a_payload_of_one_byte_repeated(spec, byte):
     """A plain body of zeros, largest scales, NaN, ...: refused, or finite numbers."""
     codec = CODECS.parse(spec)
     frame = codec.encode(KV_CACHE)
-    plain = replace(codec, zstd=0).encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+    plain = _plain(codec)
     _refused_or_finite(payloads(frame, *(bytes([byte]) * len(body) for body in plain)))
 
 
@@ -63,7 +78,7 @@ def test_any_first_number_of_a_payload(spec, bits):
     """Scales, means and numbers at the ends of their range, with the largest codes behind them."""
     codec = CODECS.parse(spec)
     frame = codec.encode(KV_CACHE)
-    plain = replace(codec, zstd=0).encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+    plain = _plain(codec)
     for width in range(2, 24, 2):
         for rest in (0x7F, 0x77, 0x11):
             bodies = [
@@ -84,22 +99,41 @@ def _refused_or_finite(frame: Frame) -> None:
 
 
 @every_spec
-def test_the_largest_numbers_come_back_finite(spec):
-    largest = torch.finfo(torch.float16 if "float16" in spec and "raw" in spec else torch.float32).max
-    if "raw(bfloat16" in spec:
-        largest = torch.finfo(torch.bfloat16).max
+@pytest.mark.parametrize("size", [1e10, 1e27, 1e37, 3.3e38])
+def test_the_largest_numbers_come_back_finite_or_are_refused(spec, size):
     kv = contract.cache(((2, 4, 4),), n_tokens=3)
     (group,) = kv.groups
-    group.keys.copy_(group.keys.sign() * largest)
-    came = contract.over_the_wire(CODECS.parse(spec), kv)
+    group.keys.copy_(group.keys.sign() * size)
+    try:
+        frame = CODECS.parse(spec).encode(kv)
+    except (NotFinite, UsageError):
+        assert "float16" in spec or ("ecsq" in spec and size > 1e25)
+        return
+    came = decode(frame, kv.geometry)
     assert bool(torch.isfinite(came.groups[0].keys).all())
+
+
+WEIGHTS = [0, 1, 7, 8 * 87, 8 * 88, 1000, 1024, 1025, 2**34, -1, -1000, -1024, -1025]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("step", [-1025, -1024, 0, 500, 1024, 1025])
+def test_steps_and_weights_at_their_extremes(weight, step):
+    """Numbers and means stay finite, in every precision class."""
+    plan = Plan.everything(KV_CACHE)
+    plan.classes[:, :, 2:] = 15
+    frame = CODECS.parse("ecsq(weighting=part)").encode(KV_CACHE, plan)
+    body = b"".join(forge.varint(2 * abs(w) - (w < 0)) for w in (weight, weight))
+    others = tuple(s for s in frame.segments if s.type != SegmentType.WEIGHTS)
+    forged = replace(frame, step=step, segments=(*others, Segment(SegmentType.WEIGHTS, body)))
+    _refused_or_finite(forged)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "zstd" in spec])
 def test_a_bomb_behind_the_second_stage(spec):
     """A zstd frame may state the length that the shape gives, and no other; what it holds must keep to it."""
     frame = CODECS.parse(spec).encode(KV_CACHE)
-    plain = replace(CODECS.parse(spec), zstd=0).encode(KV_CACHE).bodies(SegmentType.PAYLOAD)
+    plain = _plain(CODECS.parse(spec))
     bomb = zstandard.ZstdCompressor(19).compress(bytes(1 << 28))
     liar = bytearray(zstandard.ZstdCompressor(19).compress(bytes(200)))
     assert len(bomb) < 40_000

@@ -6,7 +6,7 @@ import torch
 
 from fuzz.seeds import NOBODY, Seed
 from kvferry.codec import decode
-from kvferry.errors import KvferryError
+from kvferry.errors import KvferryError, UsageError
 from kvferry.session.message import text_of
 from kvferry.session.survey import survey
 from kvferry.wire import (
@@ -34,8 +34,8 @@ def check(seed: Seed, data: bytes) -> str:
         assert pack(frame, seed.key) == data, "not canonical"
         _read(seed, frame)
     except KvferryError as error:
-        if not error.cure:
-            raise AssertionError("an error without a cure") from error
+        if isinstance(error, UsageError) or not error.cure:
+            raise AssertionError("an error that blames the caller, or without a cure") from error
         return type(error).__name__
     return "read"
 

@@ -4,6 +4,7 @@ import multiprocessing
 import resource
 import time
 import traceback
+import warnings
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -105,7 +106,8 @@ def _result(done: Future[Report], chunk: tuple[int, int, int]) -> Report:
 
 
 def _confine() -> None:
-    """Read every seed, then bound the memory for good."""
+    """Read every seed, then bound the memory for good. A warning is a finding too."""
+    warnings.simplefilter("error")
     for seed in seeds():
         if not seed.datagrams:
             assert oracle.check(seed, seed.data) == "read", seed.name

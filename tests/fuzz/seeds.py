@@ -63,8 +63,17 @@ def _forms(kv: KV) -> list[Seed]:
         Seed("spans", pack(replace(frame, segments=(*frame.segments, spans))), kv.geometry),
         Seed("axes", pack(codec.encode(axes)), kv.geometry),
         Seed("no tokens", pack(codec.encode(contract.cache(contract.RAGGED, n_tokens=0))), kv.geometry),
+        Seed("classes", pack(_classes(kv)), kv.geometry),
         Seed("sparse", pack(_sparse(CODECS.parse("int(4)"))), contract.geometry(((1, 1, 1), (1, 1, 1)))),
     ]
+
+
+def _classes(kv: KV) -> Frame:
+    """Tokens of three precisions, keys and values apart."""
+    plan = Plan.everything(kv)
+    plan.classes[:, :, :4] = 2
+    plan.classes[2, 1, 6:] = 5
+    return CODECS.parse("ecsq").encode(kv, plan)
 
 
 def _sparse(codec) -> Frame:

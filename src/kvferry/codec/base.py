@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvferry.codec.manifest import wire_hash
 from kvferry.codec.table import CODECS, ON_THE_WIRE
-from kvferry.errors import CodecNotCovered, Malformed, ShapeMismatch, UsageError
+from kvferry.errors import BadSpec, CodecNotCovered, Malformed, ShapeMismatch, UsageError
 from kvferry.kv import KV, Geometry, KeySpace, Plan
 from kvferry.spec import Method
 from kvferry.wire import DEFAULT_LIMITS, Frame, Limits, Segment, SegmentType
@@ -82,7 +82,10 @@ def codec_of(frame: Frame) -> Codec:
         raise CodecNotCovered(
             f"codec {match[1]!r} is not built in", cure=f"Use one of {', '.join(ON_THE_WIRE)}"
         )
-    return _parsed(text).said_by(frame)
+    try:
+        return _parsed(text).said_by(frame)
+    except BadSpec as error:
+        raise Malformed(f"SPEC {text!r} and step {frame.step}: {error.what}", cure=error.cure) from None
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from kvferry.codec.ecsq.grid import SILENT, levels_of, mean_unit, step_size
+from kvferry.codec.ecsq.grid import MAX_EXPONENT, OCTAVE, SILENT, levels_of, mean_unit, step_size
 from kvferry.codec.ecsq.measured import Measured
 from kvferry.codec.ecsq.side import Side, code_levels, scaled_mean
 from kvferry.errors import UsageError
@@ -16,6 +16,9 @@ Channels = Int64[np.ndarray, " channels"]
 def own_side(measured: Measured, exponent: Channels) -> Side:
     """What is sent of each channel of a part whose steps have these exponents."""
     part, n_tokens = measured.part, measured.part.n_tokens
+    if exponent.max(initial=0) > MAX_EXPONENT:
+        what = f"numbers that need a step of 2**{exponent.max() / OCTAVE:.4g}"
+        raise UsageError(what, cure=f"Use raw: steps are at most 2**{MAX_EXPONENT // OCTAVE}")
     level = levels_of(measured.deviation, exponent, n_tokens)
     level = np.where(_silent(measured, exponent), SILENT, level)
     mean = _units(measured, level, exponent)

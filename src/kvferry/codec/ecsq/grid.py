@@ -14,6 +14,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from kvferry.codec.entropy.symbols import MAX_LEVEL, level_of
 from kvferry.codec.entropy.tables import LOWEST, N_CENTROIDS, tables
+from kvferry.errors import Malformed
 
 OCTAVE = 64
 CLASS_EXPONENT, CLASS_LEVEL = 32, 2
@@ -26,13 +27,28 @@ _COARSE_TOKENS = 64
 Exponents = Int64[np.ndarray, " n"]
 
 
+MAX_EXPONENT = 88 * OCTAVE
+_LARGEST_MEAN = 2.0**126
+"""Below 2**31 steps of 2**88, half an octave more for each class, and such a mean, all numbers are finite."""
+
+
 @dataclass(frozen=True)
 class Grid:
-    """For class 1; class c adds `CLASS_EXPONENT * (c - 1)` to the exponent and takes as many levels less."""
+    """For class 1; class c adds `CLASS_EXPONENT * (c - 1)` to the exponent and takes as many levels less.
+
+    Raises `Malformed` for steps and means with which a number may not be finite.
+    """
 
     exponent: Int64[np.ndarray, " channels"]
     level: Int64[np.ndarray, " channels"]
     mean: Float32[np.ndarray, " channels"]
+
+    def __post_init__(self) -> None:
+        highest, mean = int(self.exponent.max(initial=0)), np.abs(self.mean).max(initial=0)
+        if highest > MAX_EXPONENT or not mean < _LARGEST_MEAN:
+            what = f"a step of 2**{highest / OCTAVE:.4g} and a mean of {mean:.3g}"
+            cure = f"Steps are at most 2**{MAX_EXPONENT // OCTAVE}, means below {_LARGEST_MEAN:.3g}"
+            raise Malformed(what, cure=cure)
 
 
 @cache

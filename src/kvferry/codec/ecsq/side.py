@@ -75,7 +75,8 @@ def scaled_mean(
     mean: Numbers, level: Numbers, exponent: Numbers, n_tokens: Numbers
 ) -> Float32[np.ndarray, " n"]:
     """Means from their units: multiplied in double precision, rounded once."""
-    return (mean * mean_unit(level, exponent, n_tokens).astype(np.float64)).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # a grid refuses infinite means
+        return (mean * mean_unit(level, exponent, n_tokens).astype(np.float64)).astype(np.float32)
 
 
 def _row_level(numbers: Numbers, starts: Blocks, size: Blocks) -> Blocks:
