@@ -1,57 +1,78 @@
-"""The loops of `rans.py` for numba. Same words, same states."""
+"""The loops of `rans.py` for numba. Same words, same states.
+
+No branch depends on the numbers, but for the loops themselves: a processor cannot guess which lane is full. Indices are
+unsigned, so that none is checked for being negative. No signatures with shapes here: these functions are compiled, see
+`fast.compiled`.
+"""
 
 import numpy as np
 
-from kvferry.codec.entropy.tables import PRECISION_BITS
+from kvferry.codec.entropy.tables import INVERSE_BITS, PRECISION_BITS, TOTAL
 
-# No signatures with shapes here: these functions are compiled, see `fast.compiled`.
+_LIMIT_BITS = np.uint64(32 - PRECISION_BITS)
+_PRECISION = np.uint64(PRECISION_BITS)
+_TOTAL = np.uint64(TOTAL)
+_INVERSE = np.uint64(INVERSE_BITS)
+_ONE = np.uint64(1)
+_WORD_LOG2 = np.uint64(4)
 
 
-def encode(symbols, table, lengths, frequency, start, states, words):  # noqa: ANN001, ANN201
-    """Fill `words` from its end, move `states` on, and return how many words there are."""
-    n_lanes = len(states)
-    mask = n_lanes - 1
-    at, free = len(symbols), len(words)
+def encode(symbols, table, lengths, frequency, start, inverse, states, words):  # noqa: ANN001, ANN201
+    """Fill `words`, one longer than needed, from its end, move `states` on, and return how many words there are."""
+    mask = np.uint64(len(states)) - _ONE
+    at, free = np.uint64(len(symbols)), np.uint64(len(words))
     for row in range(len(lengths) - 1, -1, -1):
-        which = table[row]
-        for index in range(at - 1, at - lengths[row] - 1, -1):
-            symbol = symbols[index]
-            state = states[index & mask]
-            share = np.uint64(frequency[which, symbol])
-            if state >= share << np.uint64(32 - PRECISION_BITS):
-                free -= 1
-                words[free] = np.uint16(state & np.uint64(0xFFFF))
-                state >>= np.uint64(16)
-            # Exact: (state + 1/2) / share is at least 2**-15 away from a whole number, far beyond the rounding.
-            quotient = np.uint64((np.float64(state) + 0.5) / np.float64(share))
-            rest = state - quotient * share
-            states[index & mask] = (
-                (quotient << np.uint64(PRECISION_BITS)) + rest + np.uint64(start[which, symbol])
-            )
-        at -= lengths[row]
-    return len(words) - free
+        shares, starts, inverses = frequency[table[row]], start[table[row]], inverse[table[row]]
+        for _ in range(lengths[row]):
+            at -= _ONE
+            symbol, state = symbols[at], states[at & mask]
+            share = np.uint64(shares[symbol])
+            full = np.uint64(state >> _LIMIT_BITS >= share)
+            words[free - _ONE] = np.uint16(state)
+            free -= full
+            state >>= full << _WORD_LOG2
+            quotient = state * inverses[symbol] >> _INVERSE
+            states[at & mask] = state + quotient * (_TOTAL - share) + np.uint64(starts[symbol])
+    return np.uint64(len(words)) - free
 
 
-def decode(words, used, states, table, lengths, lookup, frequency, start, out):  # noqa: ANN001, ANN201
-    """Fill `out`, move `states` on, and return the words used so far; more than there are if they did not suffice."""
-    n_lanes = len(states)
-    mask = n_lanes - 1
-    last = len(words)
-    at = 0
+def decode(words, n_words, used, states, table, lengths, lookup, interval, out):  # noqa: ANN001, ANN201
+    """Fill `out`, move `states` on, and return the words used so far; more than there are if they did not suffice.
+
+    Behind its `n_words`, `words` holds one more for each lane: only once a row of lanes it is seen whether they suffice.
+    """
+    n_lanes = np.uint64(len(states))
+    at, used = np.uint64(0), np.uint64(used)
     for row in range(len(lengths)):
-        which = table[row]
-        for index in range(at, at + lengths[row]):
-            state = states[index & mask]
-            slot = state & np.uint64((1 << PRECISION_BITS) - 1)
-            symbol = lookup[which, slot]
-            out[index] = symbol
-            state = np.uint64(frequency[which, symbol]) * (state >> np.uint64(PRECISION_BITS)) + slot
-            state -= np.uint64(start[which, symbol])
-            if state < np.uint64(1 << 16):
-                if used >= last:
-                    return last + 1
-                state = state << np.uint64(16) | np.uint64(words[used])
-                used += 1
-            states[index & mask] = state
-        at += lengths[row]
+        symbol_of, intervals = lookup[table[row]], interval[table[row]]
+        end = at + np.uint64(lengths[row])
+        while at < end:
+            first = at - (at & (n_lanes - _ONE))
+            stop = min(first + n_lanes, end)
+            while at < stop:
+                state = states[at - first]
+                slot = state & (_TOTAL - _ONE)
+                symbol = symbol_of[slot]
+                out[at] = symbol
+                both = intervals[symbol]
+                state = np.uint64(both & 0xFFFF) * (state >> _PRECISION) + slot - np.uint64(both >> 16)
+                filled = state << np.uint64(16) | np.uint64(words[used])
+                low = state < np.uint64(1 << 16)
+                used += np.uint64(low)
+                states[at - first] = filled if low else state
+                at += _ONE
+            if used > np.uint64(n_words):
+                return used
     return used
+
+
+def cost(symbols, table, lengths, costs):  # noqa: ANN001, ANN201
+    """The sum of the costs of all symbols."""
+    total, at = np.int64(0), np.uint64(0)
+    for row in range(len(lengths)):
+        of_symbol = costs[table[row]]
+        end = at + np.uint64(lengths[row])
+        while at < end:
+            total += np.int64(of_symbol[symbols[at]])
+            at += _ONE
+    return total

@@ -9,6 +9,7 @@ This file is the reference, one numpy step for each row of lanes; `loops.py` doe
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int, UInt8, UInt16
@@ -23,7 +24,7 @@ _MASK = np.uint64(TOTAL - 1)
 MAX_LANE_BITS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """Symbols of one table each: row r is `lengths[r]` symbols of table `table[r]`, one row after the other."""
 
@@ -37,6 +38,14 @@ class Run:
     def tables(self) -> UInt8[np.ndarray, " symbols"]:
         """The table of each symbol."""
         return np.repeat(self.table, self.lengths)
+
+    @cached_property
+    def merged(self) -> "Run":
+        """The same symbols in as few rows as can be."""
+        if not len(self.table):
+            return self
+        first = np.flatnonzero(np.diff(self.table, prepend=self.table[0] + np.uint8(1)))
+        return Run(self.table[first], np.add.reduceat(self.lengths, first))
 
 
 def encode(runs: list[tuple[Run, UInt8[np.ndarray, " _"]]], n_lanes: int) -> bytes:
@@ -83,12 +92,12 @@ def _encode_plain(
 def _encode_fast(
     run: Run, symbols: UInt8[np.ndarray, " symbols"], states: np.ndarray
 ) -> UInt16[np.ndarray, " words"]:
-    table = tables()
+    table, rows = tables(), run.merged
     words = np.empty(len(symbols) + 1, np.uint16)
     used = compiled(loops.encode)(
-        symbols, run.table, run.lengths, table.frequency, table.start, states, words
+        symbols, rows.table, rows.lengths, table.frequency, table.start, table.inverse, states, words
     )
-    return words[len(words) - used :]
+    return words[len(words) - int(used) :]
 
 
 class Decoder:
@@ -99,63 +108,60 @@ class Decoder:
             what = f"an entropy-coded part of {len(data)} bytes for {n_lanes} lanes"
             raise Malformed(what, cure="Write 4 bytes a lane and then words of 2")
         self._states = np.frombuffer(data[: 4 * n_lanes], "<u4").astype(np.uint64)
-        self._words = np.frombuffer(data[4 * n_lanes :], "<u2").astype(np.uint16)
+        self._n_words = len(data) // 2 - 2 * n_lanes
+        self._words = np.zeros(
+            self._n_words + n_lanes, np.uint16
+        )  # a decoder may look one row of lanes ahead
+        self._words[: self._n_words] = np.frombuffer(data[4 * n_lanes :], "<u2")
         self._used = 0
 
     def read(self, run: Run) -> UInt8[np.ndarray, " symbols"]:
         """The symbols of the next run; `Malformed` if the stream ends before."""
         out = (self._read_fast if available() else self._read_plain)(run)
-        if self._used > len(self._words):
-            raise Malformed(
-                f"an entropy-coded part ends after {len(self._words)} words", cure="Ask for the frame again"
-            )
+        if self._used > self._n_words:
+            what = f"an entropy-coded part ends after {self._n_words} words"
+            raise Malformed(what, cure="Ask for the frame again")
         return out
 
     def close(self) -> None:
         """Raise `Malformed` unless all was read and every lane is at rest."""
-        if self._used != len(self._words) or bool((self._states != _REST).any()):
-            what = (
-                f"an entropy-coded part of {len(self._words)} words ends after {self._used}, or not at rest"
-            )
+        if self._used != self._n_words or bool((self._states != _REST).any()):
+            what = f"an entropy-coded part of {self._n_words} words ends after {self._used}, or not at rest"
             raise Malformed(what, cure="Write it with kvferry.codec")
 
     def _read_plain(self, run: Run) -> UInt8[np.ndarray, " symbols"]:
-        table, n_lanes, which = tables(), len(self._states), run.tables()
-        rows = -(-len(which) // n_lanes)
-        which = np.concatenate([which, np.zeros(rows * n_lanes - len(which), np.uint8)]).reshape(
-            rows, n_lanes
-        )
+        table, n_lanes = tables(), len(self._states)
+        rows = -(-run.n_symbols // n_lanes)
+        which = np.resize(run.tables(), (rows, n_lanes))
         out = np.empty((rows, n_lanes), np.uint8)
-        words = np.concatenate([self._words, np.zeros(n_lanes, np.uint16)])
-        states = self._states
         for row in range(rows):
+            in_use = min(n_lanes, run.n_symbols - row * n_lanes)
+            states = self._states[:in_use]
             slot = states & _MASK
-            out[row] = symbol = table.lookup[which[row], slot]
-            frequency, start = table.frequency[which[row], symbol], table.start[which[row], symbol]
-            states = frequency * (states >> np.uint64(PRECISION_BITS)) + slot - start
+            out[row, :in_use] = symbol = table.lookup[which[row, :in_use], slot]
+            frequency, start = (of[which[row, :in_use], symbol] for of in (table.frequency, table.start))
+            states[:] = frequency * (states >> np.uint64(PRECISION_BITS)) + slot - start
             low = np.flatnonzero(states < _REST)
-            taken = words[self._used : self._used + len(low)]
-            if len(taken) < len(low):
-                self._used = len(words) + 1
-                break
-            states[low] = states[low] << np.uint64(16) | taken
+            states[low] = states[low] << np.uint64(16) | self._words[self._used : self._used + len(low)]
             self._used += len(low)
-        self._states = states
+            if self._used > self._n_words:
+                break
         return out.reshape(-1)[: run.n_symbols]
 
     def _read_fast(self, run: Run) -> UInt8[np.ndarray, " symbols"]:
-        table, out = tables(), np.empty(run.n_symbols, np.uint8)
-        self._used = compiled(loops.decode)(
+        table, rows, out = tables(), run.merged, np.empty(run.n_symbols, np.uint8)
+        used = compiled(loops.decode)(
             self._words,
+            self._n_words,
             self._used,
             self._states,
-            run.table,
-            run.lengths,
+            rows.table,
+            rows.lengths,
             table.lookup,
-            table.frequency,
-            table.start,
+            table.interval,
             out,
         )
+        self._used = int(used)
         return out
 
 

@@ -6,13 +6,16 @@ as evenly spread, travel raw. A number beyond the reach of its table travels as 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt8
 
+from kvferry.codec.entropy import loops
 from kvferry.codec.entropy.rans import Run
 from kvferry.codec.entropy.rawbits import BitReader
 from kvferry.codec.entropy.tables import COST_UNIT, HIGHEST, LOWEST, tables
+from kvferry.codec.fast import available, compiled
 from kvferry.errors import Malformed
 
 _LENGTH_BITS = 5
@@ -22,23 +25,23 @@ MAX_LEVEL = HIGHEST + 4 * 24
 Numbers = Int64[np.ndarray, " n"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Levels and lengths of rows, one after the other."""
 
     level: Int64[np.ndarray, " rows"]
     lengths: Int64[np.ndarray, " rows"]
 
-    @property
+    @cached_property
     def shift(self) -> Int64[np.ndarray, " rows"]:
         """Low bits of each number that travel raw."""
         return np.maximum(0, -(-(self.level - HIGHEST) // 4))
 
-    @property
+    @cached_property
     def table(self) -> UInt8[np.ndarray, " rows"]:
         return (self.level - 4 * self.shift - LOWEST).astype(np.uint8)
 
-    @property
+    @cached_property
     def run(self) -> Run:
         return Run(self.table, self.lengths)
 
@@ -104,4 +107,7 @@ def join(symbols: UInt8[np.ndarray, " n"], rows: Rows, reader: BitReader) -> Num
 
 def cost_bits(symbols: UInt8[np.ndarray, " n"], rows: Rows) -> float:
     """Bits of the symbols in the tables, without what travels raw."""
-    return float(tables().cost[rows.each(rows.table.astype(np.int64)), symbols].sum()) / COST_UNIT
+    if available():
+        run = rows.run.merged
+        return float(compiled(loops.cost)(symbols, run.table, run.lengths, tables().cost)) / COST_UNIT
+    return float(tables().cost[rows.run.tables(), symbols].sum()) / COST_UNIT

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8, UInt32
+from jaxtyping import Float32, Int64, UInt8, UInt32, UInt64
 
 PRECISION_BITS = 14
 TOTAL = 1 << PRECISION_BITS
@@ -24,6 +24,8 @@ N_CENTROIDS = 4
 """Magnitudes 0 to 3 are decoded to the mean of their cell, larger ones to its middle."""
 COST_UNIT = 4096
 """Costs are whole numbers of 1/4096 bit, so that sums do not depend on their order."""
+INVERSE_BITS = 46
+"""x // f == x * ceil(2**46 / f) >> 46 for f <= 2**14 and x < 2**18 * f, and the product stays below 2**64."""
 _FILE = Path(__file__).parent / "tables.bin"
 _WIDTH = 128
 
@@ -39,6 +41,10 @@ class Tables:
     """The symbol of each of the 2**14 slots."""
     cost: Int64[np.ndarray, "tables symbols"]
     centroid: Float32[np.ndarray, "tables magnitudes"]
+    interval: UInt32[np.ndarray, "tables symbols"]
+    """Frequency, and start in the upper 16 bits."""
+    inverse: UInt64[np.ndarray, "tables symbols"]
+    """2**46 / frequency, rounded up."""
 
 
 @cache
@@ -53,13 +59,16 @@ def tables() -> Tables:
     frequency = np.zeros((N_TABLES, _WIDTH), np.uint32)
     used = np.arange(_WIDTH) < (2 * reach + 2)[:, None]
     frequency[used] = data[: used.sum()]
+    start = (np.cumsum(frequency, axis=1) - frequency).astype(np.uint32)
     return Tables(
         reach,
         frequency,
-        (np.cumsum(frequency, axis=1) - frequency).astype(np.uint32),
+        start,
         np.stack([np.repeat(np.arange(_WIDTH, dtype=np.uint8), row) for row in frequency]),
         np.rint(COST_UNIT * (PRECISION_BITS - np.log2(np.maximum(frequency, 1)))).astype(np.int64),
         (data[used.sum() :].reshape(N_TABLES, N_CENTROIDS) / 2**14).astype(np.float32),
+        start << np.uint32(16) | frequency,
+        -(-(1 << INVERSE_BITS) // np.maximum(frequency, 1).astype(np.int64)).astype(np.uint64),
     )
 
 
