@@ -13,6 +13,10 @@ settings.register_profile("kvferry", deadline=None)
 settings.load_profile("kvferry")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-goldens", action="store_true", help="Write the goldens that are missing.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny models get slower, not faster, with more."""
