@@ -52,8 +52,8 @@ def cut(
 
     >>> from kvferry.wire import pack, text_frame
     >>> message = pack(text_frame("tea in Oslo"))
-    >>> [len(datagram) for datagram in cut(message, 64, message_id=7)]
-    [64, 64, 30]
+    >>> tuple(len(datagram) for datagram in cut(message, 64, message_id=7))
+    (64, 64, 30)
     """
     if max_bytes < MIN_DATAGRAM_BYTES:
         cure = f"Allow {MIN_DATAGRAM_BYTES} or more; 1,200 pass almost every network"
