@@ -86,7 +86,8 @@ class FixedRate(Codec):
         if not self.zstd:
             _check_cap(head, self._layer_bytes(manifest), max_bytes)
         bodies = self._bodies(kv, keep)
-        _check_cap(head, [len(body) for body in bodies], max_bytes)
+        if self.zstd:
+            _check_cap(head, [len(body) for body in bodies], max_bytes)
         payload = [Segment(SegmentType.PAYLOAD, body) for body in bodies]
         return kv_frame(kv.geometry, manifest.n_tokens, (*head, *payload))
 
