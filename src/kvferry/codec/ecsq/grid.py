@@ -56,13 +56,21 @@ def _mantissas() -> Float32[np.ndarray, " octave"]:
     return np.array([float(Decimal(2) ** (Decimal(i) / OCTAVE)) for i in range(OCTAVE)], np.float32)
 
 
+def _times_power(numbers: Float32[np.ndarray, " n"], octaves: Exponents) -> Float32[np.ndarray, " n"]:
+    """Numbers times 2**octaves, an integer within 1000, rounded once."""
+    power = (octaves + 1023 << 52).view(
+        np.float64
+    )  # the exponent field of a double: ldexp is ten times as slow
+    return (numbers * power).astype(np.float32)
+
+
 def step_size(exponent: Exponents) -> Float32[np.ndarray, " n"]:
     """2**(exponent / 64) in float32.
 
     >>> step_size(np.array([0, 64, -128])).tolist()
     [1.0, 2.0, 0.25]
     """
-    return np.ldexp(_mantissas()[exponent % OCTAVE], exponent // OCTAVE).astype(np.float32)
+    return _times_power(_mantissas()[exponent % OCTAVE], exponent // OCTAVE)
 
 
 def grain_of(n_tokens: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -86,7 +94,7 @@ def mean_unit(level: Exponents, exponent: Exponents, n_tokens: Exponents) -> Flo
     """
     share = np.maximum(np.frexp(n_tokens)[1] - 4, 0) // 2
     octaves = np.maximum(np.where(level == SILENT, -2, level // 4 - share), -2)
-    return np.ldexp(step_size(exponent), octaves)
+    return _times_power(step_size(exponent), octaves)
 
 
 def class_level(level: Exponents, token_class: Exponents) -> Exponents:

@@ -98,7 +98,7 @@ class RowSet:
 def parts_of(manifest: Manifest) -> list[Part]:
     """The parts that follow from who holds which token in which class; a part may have no blocks."""
     parts: list[list[Block]] = [[]]
-    numbers = 0
+    numbers, alike = 0, manifest.classes is None or manifest.classes.max(initial=1) == 1
     for layer, shape in enumerate(manifest.geometry.layers):
         if numbers >= PART_NUMBERS:
             parts.append([])
@@ -106,7 +106,7 @@ def parts_of(manifest: Manifest) -> list[Part]:
         held = np.flatnonzero(manifest.present[layer])
         for which, dim in enumerate((shape.key_dim, shape.value_dim)):
             if len(held):
-                classes = _by_class(manifest, layer, which, held)
+                classes = {1: held} if alike else _by_class(manifest, layer, which, held)
                 parts[-1].append(Block(layer, which, shape.heads, dim, classes))
         numbers += len(held) * shape.heads * (shape.key_dim + shape.value_dim)
     return [Part(tuple(blocks)) for blocks in parts]

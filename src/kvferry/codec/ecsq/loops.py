@@ -1,65 +1,112 @@
 """The loops over the numbers of a block for numba; channels innermost, because they lie side by side.
 
+Symbols lie the other way round, tokens innermost: a head at a time is turned in a tile that stays in the cache.
 No signatures with shapes here: these functions are compiled, see `fast.compiled`.
 """
 
+import math
+
 import numpy as np
 
+GRID_BITS = 16
+"""Of `stats.py`."""
 
-def extremes(block, low, high):  # noqa: ANN001, ANN201
-    """Lower `low` and raise `high`, `[heads, dim]`, to the extremes over tokens. NaN stays where it comes."""
+
+def measure(block, low, high, scale, total, squares):  # noqa: ANN001, ANN201
+    """Fill in, for each channel: extremes over tokens, scale, and sums of rounded numbers and of their squares.
+
+    NaN stays where it comes: no comparison with it is true.
+    """
     heads, tokens, dim = block.shape
     for head in range(heads):
+        one = slice(head * dim, head * dim + dim)
+        least, most, by, sums, sums2 = low[one], high[one], scale[one], total[one], squares[one]
+        least[:], most[:], sums[:], sums2[:] = block[head, 0], block[head, 0], 0, 0
         for token in range(tokens):
+            row = block[head, token]
             for place in range(dim):
-                x = block[head, token, place]
-                # No comparison with NaN is true: once there, it stays.
-                if x < low[head, place] or np.isnan(x):
-                    low[head, place] = x
-                if x > high[head, place] or np.isnan(x):
-                    high[head, place] = x
-
-
-def sums(block, scale, total, squares):  # noqa: ANN001, ANN201
-    """Add rounded numbers and their squares to `[heads, dim]`."""
-    heads, tokens, dim = block.shape
-    for head in range(heads):
+                x = row[place]
+                least[place] = x if x < least[place] or x != x else least[place]
+                most[place] = x if x > most[place] or x != x else most[place]
+        for place in range(dim):
+            peak = max(abs(np.float64(least[place])), abs(np.float64(most[place])))
+            exponent = math.frexp(peak)[1] if peak < np.inf else 1
+            by[place] = math.ldexp(1.0, min(GRID_BITS - exponent, 126))
         for token in range(tokens):
+            row = block[head, token]
             for place in range(dim):
-                whole = np.float64(np.rint(block[head, token, place] * scale[head, place]))
-                total[head, place] += whole
-                squares[head, place] += whole * whole
+                whole = np.float64(np.rint(row[place] * by[place]))
+                sums[place] += whole
+                sums2[place] += whole * whole
 
 
 def symbols(block, tokens, mean, inverse, reach, place_of, out, beyond):  # noqa: ANN001, ANN201
     """Write the symbols of `tokens` behind the places `place_of` of their channels' rows; mark rows that escape."""
     heads, _, dim = block.shape
+    tile = np.empty((len(tokens), dim), np.uint8)
+    escapes = np.empty(dim, np.uint8)
     for head in range(heads):
+        one = slice(head * dim, head * dim + dim)
+        middle, by, reaches, places = mean[one], inverse[one], reach[one], place_of[one]
+        escapes[:] = 0
         for index in range(len(tokens)):
-            token = tokens[index]
+            row, to = block[head, tokens[index]], tile[index]
             for place in range(dim):
-                channel = head * dim + place
-                if place_of[channel] < 0:
-                    continue
-                number = np.rint((block[head, token, place] - mean[channel]) * inverse[channel])
-                most = reach[channel]
-                if np.abs(number) > most:
-                    beyond[channel] = True
-                    out[place_of[channel] + index] = np.uint8(2 * most + 1)
-                else:
-                    out[place_of[channel] + index] = np.uint8(np.int32(number) + most)
+                number, most = np.rint((row[place] - middle[place]) * by[place]), reaches[place]
+                escaped = abs(number) > most
+                to[place] = np.uint8(np.int32(most + np.float32(1) if escaped else number) + np.int32(most))
+                escapes[place] |= np.uint8(escaped)
+        for place in range(dim):
+            if places[place] >= 0:
+                beyond[head * dim + place] |= escapes[place] > 0
+                to = out[places[place] : places[place] + len(tokens)]
+                for index in range(len(tokens)):
+                    to[index] = tile[index, place]
 
 
-def values(out, tokens, symbols, place_of, table, centre, step, mean):  # noqa: ANN001, ANN201
-    """Write the numbers of `tokens` from the symbols in their channels' rows; a silent channel is its mean."""
+def values(out, tokens, symbols, place_of, table, reach, centre, step, mean, escaped):  # noqa: ANN001, ANN201
+    """Write the numbers of `tokens` from the symbols in their channels' rows; mark rows that hold an escape.
+
+    A silent channel, whose place is -1, is its mean.
+    """
     heads, _, dim = out.shape
+    tile = np.empty((len(tokens), dim), np.uint8)
     for head in range(heads):
+        one = slice(head * dim, head * dim + dim)
+        middle, by, reaches, places, tables = mean[one], step[one], reach[one], place_of[one], table[one]
+        for place in range(dim):
+            if places[place] < 0:
+                tile[:, place] = reaches[place]
+            else:
+                row = symbols[places[place] : places[place] + len(tokens)]
+                escape, found = 2 * reaches[place] + 1, False
+                for index in range(len(tokens)):
+                    tile[index, place] = row[index]
+                    found |= row[index] == escape
+                escaped[head * dim + place] |= found
         for index in range(len(tokens)):
-            token = tokens[index]
+            row, to = tile[index], out[head, tokens[index]]
             for place in range(dim):
-                channel = head * dim + place
-                if place_of[channel] < 0:
-                    out[head, token, place] = mean[channel]
-                else:
-                    number = centre[table[channel], symbols[place_of[channel] + index]]
-                    out[head, token, place] = number * step[channel] + mean[channel]
+                to[place] = centre[tables[place], row[place]] * by[place] + middle[place]
+
+
+def feed_back(target, feedback, step, centres):  # noqa: ANN001, ANN201
+    """Round channel after channel; subtract what its error means for those to come. In place."""
+    heads, dim, tokens = target.shape
+    error = np.empty(tokens, np.float32)
+    original = np.empty((dim, tokens), np.float32)
+    for head in range(heads):
+        original[:] = target[head]
+        for place in range(dim):
+            size = step[head, place]
+            inverse = np.float32(1) / size
+            for token in range(tokens):
+                whole = np.rint(target[head, place, token] * inverse)
+                most = np.abs(whole)
+                if most < centres.shape[2]:
+                    whole = centres[head, place, np.int64(most)] * np.sign(whole)
+                error[token] = whole * size - original[place, token]
+            for later in range(place + 1, dim):
+                share = feedback[head, later, place]
+                for token in range(tokens):
+                    target[head, later, token] -= share * error[token]

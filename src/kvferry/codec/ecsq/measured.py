@@ -1,10 +1,12 @@
 """What an encoder knows of a part before it chooses a step: the statistics of all its channels."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
 
 from kvferry.codec.ecsq.layout import Block, Part
 from kvferry.codec.ecsq.source import Arrays, BlockArray
@@ -21,10 +23,19 @@ class Reads:
     index: Int64[np.ndarray, " tokens"]
 
     def __call__(self, block: Block) -> BlockArray:
-        tensor = self.kv.layer(block.layer)[block.which][self.row].detach()
+        tensor = self._tensors[block.layer, block.which]
         if len(self.index) < tensor.shape[1]:
             tensor = tensor[:, torch.from_numpy(self.index).to(tensor.device)]
         return tensor.float().cpu().numpy()
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[int, int], Float[Tensor, "_heads all_tokens _dim"]]:
+        return {
+            (layer, which): tensor
+            for group in self.kv.groups
+            for which, tensors in enumerate((group.keys, group.values))
+            for layer, tensor in zip(group.layers, tensors.detach()[:, self.row], strict=True)
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +45,24 @@ class Writes:
     groups: tuple[Group, ...]
 
     def __call__(self, block: Block) -> BlockArray:
-        group = next(group for group in self.groups if block.layer in group.layers)
-        tensor = group.values if block.which else group.keys
-        return tensor[group.layers.index(block.layer), 0].numpy()
+        return self._arrays[block.layer, block.which]
+
+    @cached_property
+    def _arrays(self) -> dict[tuple[int, int], BlockArray]:
+        return {
+            (layer, which): array
+            for group in self.groups
+            for which, tensor in enumerate((group.keys, group.values))
+            for layer, array in zip(group.layers, tensor[:, 0].numpy(), strict=True)
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One number a channel, or (`power`) a block."""
+    """One number a channel, or (`power`) a block.
+
+    `power` is what a step is measured by: mean square about the channel means, each mean counted as one more token.
+    """
 
     part: Part
     mean: Float64[np.ndarray, " channels"]
@@ -57,16 +78,15 @@ class Measured:
 
 def measure_part(part: Part, arrays: Arrays) -> Measured:
     """Measure every block, tokens that its layer does not hold aside."""
+    if not part.blocks:
+        none, none32 = np.zeros(0), np.zeros(0, np.float32)
+        return Measured(part, none, none, none32, none32, none)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity pass through and are reported
-        found = [measure(_held(arrays(block), block)) for block in part.blocks]
-    return Measured(
-        part,
-        np.concatenate([np.zeros(0), *(stats.mean for stats in found)]),
-        np.concatenate([np.zeros(0), *(stats.deviation for stats in found)]),
-        np.concatenate([np.zeros(0, np.float32), *(stats.low for stats in found)]),
-        np.concatenate([np.zeros(0, np.float32), *(stats.high for stats in found)]),
-        np.array([stats.power for stats in found], np.float64),
-    )
+        stats = measure([_held(arrays(block), block) for block in part.blocks])
+        square = part.n_tokens * stats.deviation**2 + stats.mean**2
+        first = np.cumsum(part.size) - part.size
+        power = np.add.reduceat(square / (part.n_tokens + 1), first) / part.size
+    return Measured(part, stats.mean, stats.deviation, stats.low, stats.high, power)
 
 
 def _held(array: BlockArray, block: Block) -> Float32[np.ndarray, "heads held dim"]:

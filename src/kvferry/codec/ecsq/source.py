@@ -11,7 +11,7 @@ from kvferry.codec.ecsq import loops
 from kvferry.codec.ecsq.grid import CLASS_EXPONENT, SILENT, Grid, centre, class_level, step_size, whole
 from kvferry.codec.ecsq.layout import Block, Part
 from kvferry.codec.entropy.rawbits import BitReader
-from kvferry.codec.entropy.symbols import Raw, Rows, join, split
+from kvferry.codec.entropy.symbols import NO_RAW, Raw, Rows, join, split
 from kvferry.codec.entropy.tables import LOWEST, N_TABLES, tables
 from kvferry.codec.fast import available, compiled
 from kvferry.errors import UsageError
@@ -71,33 +71,27 @@ class Quantised:
 
 def part_symbols(quantised: Quantised, arrays: Arrays) -> tuple[Symbols, Raw]:
     """The symbols of the rows that are sent, and their raw bits."""
-    symbols = np.zeros(int(quantised.rows.lengths.sum()), np.uint8)
-    plain = np.ones(len(quantised.level), np.bool_)
-    if available():
-        plain = _fast_symbols(quantised, arrays, symbols)
-    sent = plain[quantised.sent]
-    numbers = _numbers(quantised, arrays, quantised.sent[sent])
-    found, raw = split(numbers, quantised.rows.take(sent))
-    symbols[_members(quantised.rows, sent)] = found
+    rows = quantised.rows
+    symbols = np.empty(int(rows.lengths.sum()), np.uint8)
+    slow = _fast_symbols(quantised, arrays, symbols) if available() else np.ones(len(rows.level), np.bool_)
+    if not slow.any():
+        return symbols, NO_RAW
+    found, raw = split(_numbers(quantised, arrays, quantised.sent[slow]), rows.take(slow))
+    symbols[_members(rows, slow)] = found
     return symbols, raw
 
 
 def part_values(quantised: Quantised, symbols: Symbols, reader: BitReader, arrays: Arrays) -> None:
     """Write the numbers of a part into the arrays of its blocks, and the means of silent channels."""
-    escape = (2 * tables().reach[quantised.rows.table] + 1).astype(np.uint8)
-    escaped = np.flatnonzero(symbols == np.repeat(escape, quantised.rows.lengths))
-    plain = quantised.rows.shift > 0
-    plain[np.searchsorted(np.cumsum(quantised.rows.lengths), escaped, side="right")] = True
+    rows, slow = quantised.rows, np.ones(len(quantised.sent), np.bool_)
     if available():
-        _fast_values(quantised, symbols, arrays)
+        slow = _fast_values(quantised, symbols, arrays)
     else:
-        plain[:] = True
-    numbers = join(symbols[_members(quantised.rows, plain)], quantised.rows.take(plain), reader)
-    silent = np.flatnonzero(quantised.level == SILENT)
-    still = np.zeros(int(quantised.part.rows.length[silent].sum()), np.int64)
-    _write(
-        quantised, np.concatenate([quantised.sent[plain], silent]), np.concatenate([numbers, still]), arrays
-    )
+        silent = np.flatnonzero(quantised.level == SILENT)
+        _write(quantised, silent, np.zeros(int(quantised.part.rows.length[silent].sum()), np.int64), arrays)
+    if slow.any():
+        numbers = join(symbols[_members(rows, slow)], rows.take(slow), reader)
+        _write(quantised, quantised.sent[slow], numbers, arrays)
 
 
 def write_through(quantised: Quantised, source: Arrays, target: Arrays) -> None:
@@ -108,47 +102,42 @@ def write_through(quantised: Quantised, source: Arrays, target: Arrays) -> None:
 
 def _members(rows: Rows, chosen: Bool[np.ndarray, " sent"]) -> Int64[np.ndarray, " n"]:
     """Where the numbers of some rows lie among those of all."""
-    if not chosen.any():
-        return np.zeros(0, np.int64)
     return np.flatnonzero(np.repeat(chosen, rows.lengths))
 
 
-def _fast_symbols(quantised: Quantised, arrays: Arrays, symbols: Symbols) -> Bool[np.ndarray, " rows"]:
-    """Write the symbols of rows without raw bits; returns the rows that have some."""
+def _fast_symbols(quantised: Quantised, arrays: Arrays, symbols: Symbols) -> Bool[np.ndarray, " sent"]:
+    """Write the symbols of rows without raw bits; returns which of the rows that are sent have some."""
     table = quantised.level - LOWEST
-    raw = table >= N_TABLES
-    place = np.where(raw, -1, quantised.places(quantised.sent))
+    slow = table >= N_TABLES
+    place = np.where(slow, -1, quantised.places(quantised.sent))
     inverse = np.float32(1) / step_size(quantised.exponent)
-    reach = tables().reach[np.clip(table, 0, N_TABLES - 1)]
+    reach = tables().reach.astype(np.float32)[np.clip(table, 0, N_TABLES - 1)]
+    mean, kernel = quantised.mean, compiled(loops.symbols)
     for block, held, rows in quantised.part.row_groups():
-        compiled(loops.symbols)(
-            arrays(block),
-            held,
-            quantised.mean[rows],
-            inverse[rows],
-            reach[rows],
-            place[rows],
-            symbols,
-            raw[rows],
-        )
-    return raw
+        kernel(arrays(block), held, mean[rows], inverse[rows], reach[rows], place[rows], symbols, slow[rows])
+    return slow[quantised.sent]
 
 
-def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> None:
-    """Write the numbers of all rows but those with raw bits."""
+def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> Bool[np.ndarray, " sent"]:
+    """Write the numbers of rows without raw bits; returns which of the rows that are sent have some."""
+    slow = quantised.level - LOWEST >= N_TABLES
     table = np.clip(quantised.level - LOWEST, 0, N_TABLES - 1)
-    step, place = step_size(quantised.exponent), quantised.places(quantised.sent)
+    reach, place = tables().reach[table], quantised.places(quantised.sent)
+    step, mean, kernel = step_size(quantised.exponent), quantised.mean, compiled(loops.values)
     for block, held, rows in quantised.part.row_groups():
-        compiled(loops.values)(
+        kernel(
             arrays(block),
             held,
             symbols,
             place[rows],
             table[rows],
+            reach[rows],
             _centres(),
             step[rows],
-            quantised.mean[rows],
+            mean[rows],
+            slow[rows],
         )
+    return slow[quantised.sent]
 
 
 @cache

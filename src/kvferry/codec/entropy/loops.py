@@ -39,7 +39,7 @@ def encode(symbols, table, lengths, frequency, start, inverse, states, words):  
 def decode(words, n_words, used, states, table, lengths, lookup, interval, out):  # noqa: ANN001, ANN201
     """Fill `out`, move `states` on, and return the words used so far; more than there are if they did not suffice.
 
-    Behind its `n_words`, `words` holds one more for each lane: only once a row of lanes it is seen whether they suffice.
+    Behind its `n_words`, `words` holds one more for each lane: whether they suffice is only seen once a row of lanes.
     """
     n_lanes = np.uint64(len(states))
     at, used = np.uint64(0), np.uint64(used)

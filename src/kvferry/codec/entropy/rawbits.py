@@ -39,10 +39,10 @@ class BitReader:
             what = f"{len(self._bits)} raw bits, {self._used + total} are needed"
             raise Malformed(what, cure="Ask for the frame again")
         self._used += total
-        which, place = _places(widths)
-        out = np.zeros(len(widths), np.int64)
-        np.add.at(out, which, bits.astype(np.int64) << place)
-        return out
+        _, place = _places(widths)
+        upto = np.concatenate([[0], np.cumsum(bits.astype(np.int64) << place)])
+        ends = np.cumsum(widths)
+        return upto[ends] - upto[ends - widths]
 
     def close(self) -> None:
         """Raise `Malformed` unless less than a byte is left, and that is 0."""

@@ -61,6 +61,9 @@ class Raw:
     widths: Int64[np.ndarray, " raw"]
 
 
+NO_RAW = Raw(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 def level_of(deviation: Float64[np.ndarray, "*shape"], grain: int = 1) -> Int64[np.ndarray, "*shape"]:
     """The level of numbers of this deviation, a multiple of `grain`.
 
