@@ -1,6 +1,8 @@
 """Messages in files: `pack`, `unpack`, `inspect`, run in process on real files; an error is one line and a code."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -187,6 +189,33 @@ def test_without_room_the_old_file_stays(message: Path, tmp_path: Path, verb: st
     assert list(tmp_path.iterdir()) == [out]
 
 
+SMALL_DISK = """
+mount -t tmpfs -o size=16k tmpfs "$1" || exit 77
+echo old > "$1/out"
+shift
+"$@" 2> "$DIR.err"
+code=$?
+cat "$DIR/out" && ls -A "$DIR" && exit $code
+"""
+
+
+def test_a_disk_that_is_full(message: Path, tmp_path: Path) -> None:
+    """A real one, where a process may mount a small one of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    verb = [sys.executable, "-m", "kvferry", "unpack", message, "--out", disk / "out"]
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK, "sh", disk, *verb]
+    environment = {**os.environ, "DIR": str(disk), "PYTHONPATH": os.pathsep.join(sys.path)}
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here")
+    done = subprocess.run(mounted, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("no process may mount here")
+    assert (done.returncode, done.stdout) == (1, "old\nout\n")
+    said = (tmp_path / "disk.err").read_text()
+    assert "No space left on device. Name a file" in said and said.count("\n") == 1
+
+
 def test_a_cache_file_holds_everything(tmp_path: Path) -> None:
     kv = decode(KV_MESSAGE.frame, HOLES.geometry)
     save_cache(kv, tmp_path / "c")
@@ -258,7 +287,7 @@ def test_inspect_counts_the_numbers(tmp_path: Path) -> None:
     assert cache["numbers"] == numbers
     assert cache["bits_per_element"] == pytest.approx(8 * len(KV_MESSAGE) / numbers)
     assert [row["tokens"] for row in cache["layers"]] == held
-    assert cache["codec"] == "int(bits=4, group=32, axis=token, centred=False, scale=float16, zstd=0)"
+    assert cache["codec"] == "int(bits=4)"
     assert (cache["keys"], cache["call_length"]) == ("content", 0)
 
 
