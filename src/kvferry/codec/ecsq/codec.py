@@ -16,18 +16,18 @@ import torch
 from jaxtyping import Int64
 
 from kvferry.codec.base import Codec, kept, spec_segment
-from kvferry.codec.ecsq.encoder import own_side
-from kvferry.codec.ecsq.layout import Part, parts_of
+from kvferry.codec.ecsq.layout import parts_of
 from kvferry.codec.ecsq.measured import Measured, Reads, Writes, measure_part
-from kvferry.codec.ecsq.part import NOTHING, Coded, PartReader, code_part
+from kvferry.codec.ecsq.message import Message, empty_groups, read_part
+from kvferry.codec.ecsq.scheme import FromProfile, Scheme, SelfContained
 from kvferry.codec.ecsq.search import finest
-from kvferry.codec.ecsq.side import Side, grid_of
-from kvferry.codec.ecsq.source import Arrays, Quantised, part_symbols, part_values, write_through
-from kvferry.codec.ecsq.weights import Weighting, exponents, read_weights, weigh, write_weights
+from kvferry.codec.ecsq.weights import Weighting, read_weights, weigh
 from kvferry.codec.manifest import Manifest, Uses, kv_frame, manifest_of, read_manifest
+from kvferry.codec.profile import Profile
+from kvferry.codec.profiles import NONE, find_profile
 from kvferry.errors import BadSpec, Malformed
 from kvferry.kv import KV, Geometry, Group, KeySpace, Plan
-from kvferry.wire import Frame, Limits, Segment, SegmentType, packed_bytes
+from kvferry.wire import Frame, Limits, SegmentType
 from kvferry.wire.header import Header
 
 MAX_STEP = 1024
@@ -39,27 +39,40 @@ class Ecsq(Codec):
     """`step`: the finest step allowed, 2**(step/64) deviations of what it is weighted by; a cap makes it coarser.
 
     `weighting`: one weight for each layer's keys and values (layer), one for all keys and one for all values (part),
-    or one for all (frame).
+    or one for all (frame). `profile`: a file, the name of a shipped one, or `p` and 16 digits of its hash; it says
+    means, deviations and weights of all channels, so that none are sent.
 
     >>> Ecsq(step=-128)
-    ecsq(step=-128, weighting=layer)
+    ecsq(step=-128, weighting=layer, profile=none)
     """
 
     name: ClassVar[str] = "ecsq"
     spaces: ClassVar[tuple[KeySpace, ...]] = ("content",)
     step: int = -64
     weighting: Weighting = "layer"
+    profile: str = NONE
 
     def __post_init__(self) -> None:
         if not -MAX_STEP <= self.step <= MAX_STEP or self.weighting not in ("layer", "part", "frame"):
             what = f"ecsq(step={self.step}, weighting={self.weighting})"
             raise BadSpec(what, cure=f"step is within {MAX_STEP}, weighting layer, part or frame")
+        if self.profile != NONE and self.weighting != "layer":
+            what = f"ecsq(weighting={self.weighting}, profile={self.profile})"
+            raise BadSpec(what, cure="Leave weighting out: a profile brings its own weights")
 
     def said_by(self, header: Header) -> Codec:
-        return replace(self, step=header.step)
+        profile = f"p{header.profile_hash:016x}" if header.profile_hash else NONE
+        return replace(self, step=header.step, profile=profile)
 
     def unsaid(self) -> Codec:
-        return replace(self, step=type(self).step)
+        return replace(self, step=type(self).step, profile=NONE)
+
+    def agreed(self) -> Codec:
+        return self if self._profile is None else replace(self, profile=self._profile.name)
+
+    @property
+    def profile_hash(self) -> int:
+        return 0 if self._profile is None else self._profile.wire_hash
 
     def encode(self, kv: KV, plan: Plan | None = None, max_bytes: int | None = None) -> Frame:
         kv.require_space("content")
@@ -69,112 +82,64 @@ class Ecsq(Codec):
         measured = [measure_part(part, arrays) for part in parts_of(manifest)]
         if not all(part.finite for part in measured):
             replace(kv, present=keep.unsqueeze(1)).require_finite()  # names layer, head and token
-        message = _Message(self, manifest, measured, arrays)
+        message = self._message(manifest, measured, arrays)
+
+        def frame(step: int) -> Frame:
+            segments, n_tokens = message.segments(step), manifest.n_tokens
+            return kv_frame(kv.geometry, n_tokens, segments, step=step, profile_hash=self.profile_hash)
+
         if max_bytes is None:
-            return message.frame(self.step)
-        return finest(self.step, MAX_STEP, max_bytes, message.n_bytes, message.frame)
+            return frame(self.step)
+        return finest(self.step, MAX_STEP, max_bytes, message.n_bytes, frame)
 
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
-        manifest = read_manifest(frame, geometry, limits, Uses(step=True, classes=True, weights=True))
-        weights = read_weights(frame.body(SegmentType.WEIGHTS), geometry.n_layers, self.weighting)
+        own = self._profile is None
+        uses = Uses(step=True, classes=True, weights=own, profile_hash=self.profile_hash)
+        manifest = read_manifest(frame, geometry, limits, uses)
+        scheme = self._profiled(geometry) or self._as_sent(frame.body(SegmentType.WEIGHTS), geometry)
         parts, bodies = parts_of(manifest), frame.bodies(SegmentType.PAYLOAD)
         if [bool(part.blocks) for part in parts] != [bool(body) for body in bodies]:
             raise Malformed(f"{len(bodies)} parts, or an empty one", cure=f"These tokens make {len(parts)}")
-        groups = _zeros(geometry, manifest.n_tokens)
+        groups = empty_groups(geometry, manifest.n_tokens)
         for part, body in zip(parts, bodies, strict=True):
             if part.blocks:
-                _read_part(
-                    part, body, self.step + exponents(part.blocks, weights, self.weighting), Writes(groups)
-                )
+                read_part(part, body, scheme, frame.step, Writes(groups))
         return manifest.cache(tuple(_to(group, device) for group in groups), device)
 
     @torch.no_grad()
     def roundtrip(self, kv: KV) -> KV:
-        coded = [self._through(kv, row) for row in range(kv.n_batch)]
+        coded = [self._through(kv.take_batch([row])) for row in range(kv.n_batch)]
         groups = zip(kv.groups, *coded, strict=True)
         return kv.with_groups(tuple(_batch(kv, group.layers, rows) for group, *rows in groups))
 
-    def _through(self, kv: KV, row: int) -> tuple[Group, ...]:
-        """One sequence of a batch, coded and decoded in its slots."""
-        one = kv.take_batch([row])
+    def _through(self, one: KV) -> tuple[Group, ...]:
+        """One sequence, coded and decoded in its slots."""
         manifest = manifest_of(one, one.present[:, 0])
         index = np.flatnonzero(one.present[:, 0].any(0).cpu().numpy())
-        source, groups = Reads(one, 0, index), _zeros(kv.geometry, len(index))
-        measured = [measure_part(part, source) for part in parts_of(manifest)]
-        message = _Message(self, manifest, measured, source)
-        for part in measured:
-            if part.part.blocks:
-                write_through(
-                    message.quantised(part, message.side(part, self.step), self.step), source, Writes(groups)
-                )
-        return tuple(_spread(group, index, kv.n_tokens) for group in groups)
+        arrays, groups = Reads(one, 0, index), empty_groups(one.geometry, len(index))
+        measured = [measure_part(part, arrays) for part in parts_of(manifest)]
+        self._message(manifest, measured, arrays).through(self.step, Writes(groups))
+        return tuple(_spread(group, index, one.n_tokens) for group in groups)
 
+    def _message(self, manifest: Manifest, measured: list[Measured], arrays: Reads) -> Message:
+        scheme = self._profiled(manifest.geometry) or self._weighed(measured, manifest.geometry)
+        return Message((spec_segment(self), *manifest.segments()), measured, scheme, arrays)
 
-@dataclass(frozen=True, eq=False)
-class _Message:
-    """A measured cache, to be written at any step."""
+    def _weighed(self, measured: list[Measured], geometry: Geometry) -> Scheme:
+        return SelfContained(weigh(measured, geometry.n_layers, self.weighting), self.weighting)
 
-    codec: Ecsq
-    manifest: Manifest
-    measured: list[Measured]
-    arrays: Arrays
+    def _as_sent(self, body: bytes | None, geometry: Geometry) -> Scheme:
+        return SelfContained(read_weights(body, geometry.n_layers, self.weighting), self.weighting)
+
+    def _profiled(self, geometry: Geometry) -> Scheme | None:
+        if self._profile is None:
+            return None
+        self._profile.require_sender(geometry)
+        return FromProfile(self._profile, geometry)
 
     @cached_property
-    def weights(self) -> list[int]:
-        return weigh(self.measured, self.manifest.geometry.n_layers, self.codec.weighting)
-
-    def frame(self, step: int) -> Frame:
-        bodies = [part.body() for part in self._coded(step)]
-        payload = [Segment(SegmentType.PAYLOAD, body) for body in bodies]
-        geometry, n_tokens = self.manifest.geometry, self.manifest.n_tokens
-        return kv_frame(geometry, n_tokens, (*self._head(), *payload), step=step)
-
-    def n_bytes(self, step: int) -> int:
-        """The length of the message at a step, a byte or two off."""
-        lengths = [len(segment.body) for segment in self._head()]
-        return packed_bytes([*lengths, *(part.n_bytes for part in self._coded(step))])
-
-    def side(self, measured: Measured, step: int) -> Side:
-        return own_side(measured, self._exponent(measured.part, step))
-
-    def quantised(self, measured: Measured, side: Side, step: int) -> Quantised:
-        return Quantised(measured.part, grid_of(side, self._exponent(measured.part, step)))
-
-    def _exponent(self, part: Part, step: int) -> Int64[np.ndarray, " channels"]:
-        return step + exponents(part.blocks, self.weights, self.codec.weighting)
-
-    def _head(self) -> tuple[Segment, ...]:
-        spec = spec_segment(self.codec)
-        return (spec, *self.manifest.segments(), Segment(SegmentType.WEIGHTS, write_weights(self.weights)))
-
-    def _coded(self, step: int) -> list[Coded]:
-        return [self._code(measured, step) if measured.part.blocks else NOTHING for measured in self.measured]
-
-    def _code(self, measured: Measured, step: int) -> Coded:
-        side = self.side(measured, step)
-        quantised = self.quantised(measured, side, step)
-        symbols, raw = part_symbols(quantised, self.arrays)
-        return code_part(side, quantised.rows, symbols, raw)
-
-
-def _read_part(part: Part, body: bytes, exponent: Int64[np.ndarray, " channels"], arrays: Arrays) -> None:
-    n_numbers = int((part.size * (part.counts + 2)).sum())
-    reader = PartReader(body, len(part.blocks), n_numbers)
-    quantised = Quantised(part, grid_of(reader.side(part.size, part.counts), exponent))
-    part_values(quantised, reader.symbols(quantised.rows), reader.raw, arrays)
-    reader.close()
-
-
-def _zeros(geometry: Geometry, n_tokens: int) -> tuple[Group, ...]:
-    shapes = [(layers, geometry.layers[layers[0]]) for layers in geometry.groups()]
-    return tuple(
-        Group(
-            layers,
-            torch.zeros(len(layers), 1, shape.heads, n_tokens, shape.key_dim),
-            torch.zeros(len(layers), 1, shape.heads, n_tokens, shape.value_dim),
-        )
-        for layers, shape in shapes
-    )
+    def _profile(self) -> Profile | None:
+        return None if self.profile == NONE else find_profile(self.profile)
 
 
 def _to(group: Group, device: torch.device) -> Group:

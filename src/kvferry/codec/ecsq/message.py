@@ -1,0 +1,75 @@
+"""A cache of one sequence in parts, to be written at any step, or read."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvferry.codec.ecsq.layout import Part
+from kvferry.codec.ecsq.measured import Measured
+from kvferry.codec.ecsq.part import NOTHING, Coded, PartReader, code_part
+from kvferry.codec.ecsq.scheme import Scheme
+from kvferry.codec.ecsq.source import Arrays, Quantised, part_symbols, part_values, write_through
+from kvferry.kv import Geometry, Group
+from kvferry.wire import Segment, SegmentType, packed_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Measured parts, the scheme of their grids, and what goes before them."""
+
+    head: tuple[Segment, ...]
+    measured: list[Measured]
+    scheme: Scheme
+    arrays: Arrays
+
+    def segments(self, step: int) -> tuple[Segment, ...]:
+        """All segments of the message at a step."""
+        payload = [Segment(SegmentType.PAYLOAD, part.body()) for part in self._coded(step)]
+        return (*self._before(), *payload)
+
+    def n_bytes(self, step: int) -> int:
+        """The length of the message at a step, a byte or two off."""
+        lengths = [len(segment.body) for segment in self._before()]
+        return packed_bytes([*lengths, *(part.n_bytes for part in self._coded(step))])
+
+    def through(self, step: int, target: Arrays) -> None:
+        """Write what coding at a step does to the numbers."""
+        for measured in self.measured:
+            if measured.part.blocks:
+                _, grid = self.scheme.plan(measured, step)
+                quantised = Quantised(measured.part, grid)
+                write_through(quantised, self.scheme.shaped(quantised, self.arrays), target)
+
+    def _before(self) -> tuple[Segment, ...]:
+        return (*self.head, *self.scheme.segments())
+
+    def _coded(self, step: int) -> list[Coded]:
+        return [self._code(measured, step) if measured.part.blocks else NOTHING for measured in self.measured]
+
+    def _code(self, measured: Measured, step: int) -> Coded:
+        side, grid = self.scheme.plan(measured, step)
+        quantised = Quantised(measured.part, grid)
+        symbols, raw = part_symbols(quantised, self.scheme.shaped(quantised, self.arrays))
+        return code_part(side, quantised.rows, symbols, raw)
+
+
+def read_part(part: Part, body: bytes, scheme: Scheme, step: int, arrays: Arrays) -> None:
+    """Write the numbers of a part into `arrays`; `Malformed` for a body that `Message` cannot have written."""
+    n_numbers = int((part.size * (part.counts + 2)).sum())
+    reader = PartReader(body, scheme.n_heads(part), n_numbers)
+    quantised = Quantised(part, scheme.read(part, reader, step))
+    part_values(quantised, reader.symbols(quantised.rows), reader.raw, arrays)
+    reader.close()
+
+
+def empty_groups(geometry: Geometry, n_tokens: int) -> tuple[Group, ...]:
+    """Zeros for one sequence, float32, on the CPU."""
+    shapes = [(layers, geometry.layers[layers[0]]) for layers in geometry.groups()]
+    return tuple(
+        Group(
+            layers,
+            torch.zeros(len(layers), 1, shape.heads, n_tokens, shape.key_dim),
+            torch.zeros(len(layers), 1, shape.heads, n_tokens, shape.value_dim),
+        )
+        for layers, shape in shapes
+    )

@@ -1,0 +1,58 @@
+"""Which profiles are at hand, by name: those that came with the package, those in files, those held by hash.
+
+A message names a profile by hash and causes no file to be read: only what is shipped or was held before is found.
+"""
+
+import re
+from pathlib import Path
+
+from kvferry.codec.profile import Profile, load_profile
+from kvferry.errors import FolderError, ForeignProfile
+
+NONE = "none"
+_HASHED = re.compile(r"p[0-9a-f]{16}")
+_SHIPPED = Path(__file__).parents[1] / "profiles"
+_held: dict[str, Profile] = {}
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the models whose profiles come with the package.
+
+    >>> "llama" in shipped_profiles()
+    True
+    """
+    return sorted(path.stem for path in _SHIPPED.glob("*.safetensors"))
+
+
+def hold(profile: Profile) -> Profile:
+    """Keep a profile at hand for messages that were coded with it."""
+    return _held.setdefault(profile.name, profile)
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of a hash, of a shipped model, or in a file; held from then on.
+
+    Raises `ForeignProfile` for a hash that is not held, `FolderError` for a file that is none.
+    """
+    if _HASHED.fullmatch(name):
+        return _by_hash(name)
+    if name in shipped_profiles():
+        return _load(_SHIPPED / f"{name}.safetensors")
+    if not Path(name).is_file():
+        cure = f"Give a file, or one of {', '.join(shipped_profiles())}"
+        raise FolderError(f"there is no profile {name}", cure=cure)
+    return _load(Path(name))
+
+
+def _by_hash(name: str) -> Profile:
+    if name not in _held:
+        for shipped in shipped_profiles():
+            find_profile(shipped)
+    if name not in _held:
+        cure = f"Hold it first: kvferry.codec.profiles.find_profile(FILE). Held: {', '.join(_held) or 'none'}"
+        raise ForeignProfile(f"profile {name} is not at hand", cure=cure)
+    return _held[name]
+
+
+def _load(path: Path) -> Profile:
+    return hold(load_profile(path))
