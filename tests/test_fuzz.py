@@ -16,6 +16,7 @@ def test_a_seed_is_read_and_can_be_taken_apart(seed):
     assert written(parts_of(seed)) == seed.data
     oracle.check_aside(seed, seed.data)
     oracle.check_memory(seed, seed.data)
+    oracle.check_paths(seed, seed.data)
 
 
 @pytest.mark.parametrize("seed_number", range(4))

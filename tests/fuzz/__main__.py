@@ -4,7 +4,12 @@ import argparse
 import importlib.util
 import os
 import sys
+import tempfile
 import time
+
+# Compiled loops check every index here, and are kept apart from those that do not.
+os.environ["NUMBA_BOUNDSCHECK"] = "1"
+os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="kvferry-fuzz-"))
 
 from fuzz.run import Report, frame, run, try_frame
 

@@ -1,12 +1,18 @@
 """What must hold for any bytes whatever."""
 
+import sys
 import tracemalloc
+from functools import cache
+from types import ModuleType
 
+import pytest
 import torch
 
-from fuzz.seeds import NOBODY, Seed
+import contract
+from fuzz.seeds import NOBODY, Seed, seeds
 from kvferry.codec import decode
 from kvferry.errors import KvferryError, UsageError
+from kvferry.kv import KV
 from kvferry.session.message import text_of
 from kvferry.session.survey import survey
 from kvferry.wire import (
@@ -50,6 +56,28 @@ def check_aside(seed: Seed, data: bytes) -> None:
     survey(data, seed.key, LIMITS)
 
 
+def check_paths(seed: Seed, data: bytes) -> None:
+    """Compiled loops and plain ones give the same error or the same numbers, to the bit."""
+    compiled = _decoded(seed, data)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in _users_of_numba():
+            patch.setattr(module, "available", lambda: False)
+        plain = _decoded(seed, data)
+    if isinstance(compiled, KV) and isinstance(plain, KV):
+        contract.same(compiled, plain)
+    else:
+        assert compiled is plain, f"{compiled} compiled, {plain} plain"
+
+
+@cache
+def _users_of_numba() -> list[ModuleType]:
+    """Modules that ask whether it is there; the seeds have loaded them all."""
+    seeds()
+    return [
+        m for name, m in sys.modules.items() if name.startswith("kvferry.codec") and hasattr(m, "available")
+    ]
+
+
 def check_memory(seed: Seed, data: bytes) -> None:
     tracemalloc.start()
     try:
@@ -70,6 +98,14 @@ def check_datagrams(datagrams: list[bytes]) -> str:
         except KvferryError as error:
             outcome = type(error).__name__
     return outcome
+
+
+def _decoded(seed: Seed, data: bytes) -> KV | type[KvferryError] | None:
+    try:
+        frame = unpack(data, LIMITS, seed.agreements, seed.key)
+        return decode(frame, seed.geometry or NOBODY, LIMITS) if frame.kind == MessageKind.KV else None
+    except KvferryError as error:
+        return type(error)
 
 
 def _read(seed: Seed, frame: Frame) -> None:
