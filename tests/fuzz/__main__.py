@@ -7,10 +7,6 @@ import sys
 import tempfile
 import time
 
-# Compiled loops check every index here, and are kept apart from those that do not.
-os.environ["NUMBA_BOUNDSCHECK"] = "1"
-os.environ.setdefault("NUMBA_CACHE_DIR", tempfile.mkdtemp(prefix="kvferry-fuzz-"))
-
 from fuzz.run import Report, frame, run, try_frame
 
 
@@ -29,8 +25,13 @@ def main() -> int:
     if asked.engine == "atheris" or (asked.engine == "auto" and installed):
         return _atheris(asked, installed)
     start = time.monotonic()
-    report = run(asked.seed, asked.n, asked.seconds, asked.jobs)
+    report = run(asked.seed, asked.n, asked.seconds, asked.jobs, _progress)
     return _tell(report, time.monotonic() - start)
+
+
+def _progress(report: Report) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{report.outcomes.total():,} frames", end="", file=sys.stderr, flush=True)
 
 
 def _tell(report: Report, seconds: float) -> int:
@@ -60,4 +61,7 @@ def _atheris(asked: argparse.Namespace, installed: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tempfile.TemporaryDirectory() as folder:
+        # Compiled loops check every index here, and are kept apart from those that do not.
+        os.environ |= {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": folder}
+        sys.exit(main())

@@ -4,8 +4,8 @@ import multiprocessing
 import resource
 import time
 import traceback
-import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -16,7 +16,6 @@ from fuzz import oracle
 from fuzz.mutate import mutated
 from fuzz.seeds import Seed, seeds
 from fuzz.structure import restructured
-from kvferry.codec import integer_fast
 
 CHUNK = 5000
 HEADROOM = 64 << 20
@@ -81,8 +80,11 @@ def run_chunk(seed_number: int, first: int, n: int) -> Report:
     return report
 
 
-def run(seed_number: int, n: int, seconds: float | None, jobs: int) -> Report:
-    """`n` frames, or as many as the seconds allow, on `jobs` processes that may grow by `HEADROOM`."""
+def run(seed_number: int, n: int, seconds: float | None, jobs: int, tell: Callable[[Report], None]) -> Report:
+    """`n` frames, or as many as the seconds allow, on `jobs` processes that may grow by `HEADROOM`.
+
+    `tell` hears now and then how far it is.
+    """
     report, start = Report(), time.monotonic()
     chunks = iter([(seed_number, first, min(CHUNK, n - first)) for first in range(0, n, CHUNK)])
     context = multiprocessing.get_context("spawn")
@@ -96,6 +98,7 @@ def run(seed_number: int, n: int, seconds: float | None, jobs: int) -> Report:
                 break
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 report.add(_result(done, running.pop(done)))
+                tell(report)
     return report
 
 
@@ -108,9 +111,8 @@ def _result(done: Future[Report], chunk: tuple[int, int, int]) -> Report:
 
 
 def _confine() -> None:
-    """Read every seed, each way, then bound the memory for good. A warning is a finding too."""
-    warnings.simplefilter("error")
-    integer_fast.SMALLEST = 0  # small frames take the compiled way too
+    """Read every seed, each way, then bound the memory for good."""
+    oracle.be_strict()
     for seed in seeds():
         if not seed.datagrams:
             assert oracle.check(seed, seed.data) == "read", seed.name

@@ -30,6 +30,7 @@ DEFAULT_CODECS = (
     "int(4, zstd=3)",
     "nf4",
     "fp8",
+    "ecsq",
 )
 _INDICES = frozenset({"TOKENS", "POSITIONS", "CLASSES"})
 _PARTS = ("indices", "payload", "scales", "headers")
