@@ -204,7 +204,7 @@ BOUNDS = {
     "centred-g64": {2: 0.9, 3: 0.3, 4: 0.13, 5: 0.06, 6: 0.03, 8: 0.01},
     "kivi": {2: 0.4, 4: 0.08},
     "turboquant": {2: 0.36, 3: 0.2, 4: 0.11, 5: 0.06, 6: 0.03},
-    "cachegen-bins": {bins: 3 / bins for bins in (6, 8, 12, 16, 24, 32, 48, 64, 128)},
+    "cachegen-bins": {bins: 3 / bins for bins in (8, 12, 16, 24, 32, 64)},
     "kvwire-v1": {4: 0.12, 8: 0.01},
     "transformers-quanto": {2: 0.6, 4: 0.12},
     "transformers-hqq": {4: 0.12, 8: 0.01},

@@ -53,8 +53,8 @@ def bench_wire(
         repeats=repeats,
     )
     result = _run(settings, missing)
-    _show(result)
     _write(result, json, plot)
+    _show(result)
 
 
 def _parts(text: str | None, separator: str) -> tuple[str, ...] | None:
@@ -78,7 +78,17 @@ def _run(settings: "Settings", missing: list[str]) -> "WireResult":
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=n_parts(settings))
-        result = run_bench(settings, lambda what: progress.update(task, description=what, advance=1))
+        began = ""
+
+        def on_part(what: str) -> None:
+            nonlocal began
+            progress.update(task, description=what, advance=1)
+            where = what.partition(":")[0]
+            if where != began and not console.is_terminal:
+                console.print(where)
+            began = where
+
+        result = run_bench(settings, on_part)
     return replace(result, missing=[*missing, *result.missing])
 
 

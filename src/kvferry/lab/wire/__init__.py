@@ -2,6 +2,7 @@
 
 texts    real held-out text, as token ids
 subject  a model, the caches of its messages, and what it says after them
+attention what the suffix reads from the prefix
 quality  how far a coded cache is from the clean one
 coding   a batch of caches through a codec, and the exact bits
 """

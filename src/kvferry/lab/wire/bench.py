@@ -4,16 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
-from kvferry.codec.table import ON_THE_WIRE
 from kvferry.lab.point import Point, commit, machine, versions
-from kvferry.lab.wire.entries import Entry, default_specs, own_entries, peer_entries
+from kvferry.lab.wire.entries import STEPS, Entry, default_specs, own_entries, peer_entries, profile_entries
 from kvferry.lab.wire.peers.table import installed_peers
+from kvferry.lab.wire.profiles import profile_name
 from kvferry.lab.wire.quality import measure
 from kvferry.lab.wire.speed import (
     GEOMETRIES,
     N_TOKENS,
     SPECS,
-    STEPS,
     Timed,
     measure_speed,
     one_thread,
@@ -47,12 +46,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class WireResult:
-    """`families`: spec -> the curve it is a point of; `counted`: models that medians are taken over, where they
-    qualify; `missing`: one line for each thing that was not there."""
+    """`counted`: models that medians are taken over, where they qualify; `missing`: a line for each thing that was not
+    there."""
 
     settings: Settings
     points: list[Point]
-    families: dict[str, str]
     counted: list[str]
     missing: list[str]
     seconds: float
@@ -71,7 +69,7 @@ def default_models() -> tuple[tuple[str, ...], list[str]]:
 def n_parts(settings: Settings) -> int:
     """How often `on_part` is called, at most."""
     n_timed = len(_timed(settings)) * len(GEOMETRIES) if settings.repeats else 0
-    return len(settings.models) * len(settings.tokens) * len(_entries(settings)[0]) + n_timed
+    return len(settings.models) * len(settings.tokens) * _n_entries(settings) + n_timed
 
 
 def forecast_s(settings: Settings) -> float:
@@ -79,7 +77,7 @@ def forecast_s(settings: Settings) -> float:
     n_subjects = len(settings.models) * len(settings.tokens) * 0.8  # not every length fits every model
     per_entry = _S_PER_ENTRY * settings.n_messages / N_MESSAGES
     n_timed = len(_timed(settings)) * len(GEOMETRIES)
-    return n_subjects * len(_entries(settings)[0]) * per_entry + n_timed * settings.repeats * _S_PER_TIMED
+    return n_subjects * _n_entries(settings) * per_entry + n_timed * settings.repeats * _S_PER_TIMED
 
 
 def run_bench(settings: Settings, on_part: OnPart = lambda what: None) -> WireResult:
@@ -91,8 +89,7 @@ def run_bench(settings: Settings, on_part: OnPart = lambda what: None) -> WireRe
         points += list(_speed_points(settings, on_part))
     named = replace(settings, models=tuple(map(public_name, settings.models)))
     counted = [public_name(name) for name in settings.models if name not in zoo_names()]
-    families = {f"{entry.codec} {entry.spec}": entry.family for entry in entries}
-    return WireResult(named, points, families, counted, missing, time.perf_counter() - start)
+    return WireResult(named, points, counted, missing, time.perf_counter() - start)
 
 
 def _entries(settings: Settings) -> tuple[list[Entry], list[str]]:
@@ -101,9 +98,12 @@ def _entries(settings: Settings) -> tuple[list[Entry], list[str]]:
     return [*peers, *own], missing
 
 
+def _n_entries(settings: Settings) -> int:
+    return len(_entries(settings)[0]) + (len(STEPS) if settings.codecs is None else 0)
+
+
 def _timed(settings: Settings) -> list[Timed]:
-    sweep = [f"ecsq(step={step})" for step in STEPS] if "ecsq" in ON_THE_WIRE else []
-    specs = (*SPECS, *sweep) if settings.codecs is None else settings.codecs
+    specs = SPECS if settings.codecs is None else settings.codecs
     peers = [
         p for p in installed_peers()[0] if p.timed and (settings.peers is None or p.codec in settings.peers)
     ]
@@ -119,9 +119,10 @@ def wanted(model: Model, tokens: int) -> bool:
 def _quality_points(settings: Settings, entries: list[Entry], on_part: OnPart) -> Iterator[Point]:
     for name in settings.models:
         model, public = load(name, dtype="float32", device="cpu"), public_name(name)
+        profiled = profile_entries(profile_name(model)) if settings.codecs is None else []
         for tokens in (tokens for tokens in settings.tokens if wanted(model, tokens)):
             subject = make_subject(model, tokens, settings.n_messages)
-            for entry in entries:
+            for entry in [*entries, *profiled]:
                 on_part(f"{public}, {tokens} tokens: {entry.codec}")
                 yield _quality_point(settings, public, subject, entry)
 

@@ -1,15 +1,16 @@
 """What is measured: our codecs and all peers, each setting one entry, settings of one family together a curve."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from kvferry.codec import CODECS, Codec
-from kvferry.codec.table import ON_THE_WIRE
 from kvferry.lab.wire.coding import Coding, through_codec
 from kvferry.lab.wire.peers.peer import Label, Peer
 from kvferry.lab.wire.peers.table import installed_peers
+from kvferry.spec import read_call
 
-STEPS = tuple(range(-192, 161, 32))
-"""Steps 2^(i/64) of the entropy-coded codec, from an eighth of a deviation to five, in half octaves."""
+STEPS = tuple(range(-128, 161, 32))
+"""Steps 2^(i/64) of the entropy-coded codec, from a quarter of a deviation to five and a half, in half octaves."""
 WEIGHTINGS = ("frame", "part", "layer")
 
 KNOBS = ("step", "bits")
@@ -26,30 +27,28 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One setting. `family` names the curve that it is a point of."""
+    """One setting."""
 
     codec: str
     spec: str
     label: Label
-    family: str
     coding: Coding
 
 
-def own_entries(specs: tuple[str, ...]) -> list[Entry]:
-    """Our codecs, by spec.
-
-    >>> [entry.family for entry in own_entries(("int(bits=4, group=64)",))]
-    ['int(group=64)']
-    """
-    return [_own(spec) for spec in specs]
+def own_entries(specs: Iterable[str]) -> list[Entry]:
+    """Our codecs, by spec; `UsageError` for one that is none."""
+    return [_own(CODECS.parse(spec)) for spec in specs]
 
 
 def default_specs() -> tuple[str, ...]:
     """Every codec of ours, the entropy-coded one along its curve."""
-    if "ecsq" not in ON_THE_WIRE:
-        return FIXED
     sweep = (f"ecsq(step={step}, weighting={weighting})" for weighting in WEIGHTINGS for step in STEPS)
     return (*FIXED, *sweep)
+
+
+def profile_entries(profile: str) -> list[Entry]:
+    """The entropy-coded codec with a profile, along its curve."""
+    return own_entries(f"ecsq(step={step}, profile={profile})" for step in STEPS)
 
 
 def peer_entries(names: tuple[str, ...] | None = None) -> tuple[list[Entry], list[str]]:
@@ -58,22 +57,31 @@ def peer_entries(names: tuple[str, ...] | None = None) -> tuple[list[Entry], lis
     return [_peer(peer) for peer in peers if names is None or peer.codec in names], missing
 
 
-def _own(spec: str) -> Entry:
-    codec = CODECS.parse(spec)
-    return Entry(codec.name, repr(codec), "ours", brief(codec, hidden=KNOBS), through_codec(spec))
+def family(label: str, codec: str, spec: str) -> str:
+    """The curve that a setting is a point of: what is left of a spec of ours without its knob, or the peer.
 
-
-def brief(codec: Codec, hidden: tuple[str, ...] = ()) -> str:
-    """A spec without what is default, and without some of its options.
-
-    >>> brief(CODECS.parse("int(bits=4, group=64)"), hidden=("bits",))
-    'int(group=64)'
+    >>> family("ours", "int", "int(bits=4, group=64, axis=token)"), family("like", "kivi", "bits=4, residual=0")
+    ('int(group=64)', 'kivi')
     """
-    plain = {field.name: field.default for field in fields(codec)}
-    said = {key: value for key, value in codec.config().items() if key not in hidden and value != plain[key]}
-    options = ", ".join(f"{key}={value}" for key, value in said.items())
-    return f"{codec.name}({options})" if options else codec.name
+    return brief(spec, hidden=KNOBS) if label == "ours" else codec
+
+
+def brief(spec: str, hidden: tuple[str, ...] = ()) -> str:
+    """A spec without what is default, and without some of its options; a profile is one, whatever its hash.
+
+    >>> brief("ecsq(step=0, weighting=layer, profile=p0123456789abcdef)")
+    'ecsq(step=0, profile)'
+    """
+    name, _, said = read_call(spec)
+    defaults = {field.name: field.default for field in fields(CODECS.get(name))}
+    kept = {key: value for key, value in said.items() if key not in hidden and value != defaults[key]}
+    options = ", ".join("profile" if key == "profile" else f"{key}={value}" for key, value in kept.items())
+    return f"{name}({options})" if options else name
+
+
+def _own(codec: Codec) -> Entry:
+    return Entry(codec.name, repr(codec), "ours", through_codec(repr(codec)))
 
 
 def _peer(peer: Peer) -> Entry:
-    return Entry(peer.codec, peer.spec, peer.label, peer.codec, peer.coding)
+    return Entry(peer.codec, peer.spec, peer.label, peer.coding)

@@ -1,15 +1,14 @@
 """How far a coded cache is from the clean one: in what the model says next, and in what attention reads."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from kvferry.kv import KV
+from kvferry.lab.wire.attention import read_prefix
 from kvferry.lab.wire.subject import N_SUFFIX, Subject, log_probs
-from kvferry.rope import rotate
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,8 @@ def measure(subject: Subject, kv: KV) -> Quality:
 
 
 def _kl(clean: Float[Tensor, "batch n vocab"], coded: Float[Tensor, "batch n vocab"]) -> float:
-    # In float64: what is left of two nearly equal numbers must not be rounding.
-    clean, coded = clean.double(), coded.double()
-    return max(0.0, float((clean.exp() * (clean - coded)).sum(-1).mean()))
+    # Summed in float64: what is left of nearly equal numbers must not be rounding.
+    return max(0.0, float((clean.exp() * (clean - coded)).sum(-1, dtype=torch.float64).mean()))
 
 
 def _nll(subject: Subject, spoken: Float[Tensor, "batch after vocab"]) -> float:
@@ -52,39 +50,13 @@ def _nll(subject: Subject, spoken: Float[Tensor, "batch after vocab"]) -> float:
     return -float(spoken[:, :N_SUFFIX].gather(-1, targets).double().mean())
 
 
-@torch.no_grad()
 def attention_error(subject: Subject, kv: KV) -> float:
     """Relative L2 of what the suffix reads from the prefix, rms over layers."""
-    errors = [_layer_error(subject, kv, layer) for layer in range(kv.geometry.n_layers)]
+    coded = read_prefix(subject.model, subject.queries, kv)
+    errors = [_relative(a, b) for a, b in zip(coded, subject.reads, strict=True)]
     return float(torch.tensor(errors).square().mean().sqrt())
 
 
-def _layer_error(subject: Subject, kv: KV, layer: int) -> float:
-    clean, coded = _read(subject, subject.rotated, layer), _read(subject, kv, layer)
+def _relative(coded: Float[Tensor, "*shape"], clean: Float[Tensor, "*shape"]) -> float:
     norm = float(clean.norm())
     return float((coded - clean).norm()) / norm if norm else 0.0
-
-
-def _read(subject: Subject, kv: KV, layer: int) -> Float[Tensor, "batch queries suffix dim"]:
-    queries, (keys, values) = subject.queries[layer], kv.layer(layer)
-    if kv.space == "content":
-        keys = rotate(keys, kv.positions, kv.geometry.layers[layer].rotary, kv.call_length)
-    share = queries.shape[1] // keys.shape[1]
-    keys, values = (part.float().repeat_interleave(share, 1) for part in (keys, values))
-    scores = queries @ keys.transpose(-1, -2) * _scaling(subject, layer)
-    hidden = ~_visible(subject, layer)
-    # A suffix token whose window holds nothing of the prefix reads zero.
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
-    return weights @ values
-
-
-def _visible(subject: Subject, layer: int) -> Bool[Tensor, "suffix tokens"]:
-    window, n = subject.model.geometry.layers[layer].window, subject.tokens
-    distance = torch.arange(n, n + N_SUFFIX).unsqueeze(-1) - torch.arange(n)
-    return distance < window if window is not None else distance >= 0
-
-
-def _scaling(subject: Subject, layer: int) -> float:
-    """What the model multiplies scores by."""
-    layers: Any = subject.model.hf.get_decoder().layers  # transformers' modules are not typed
-    return float(layers[layer].self_attn.scaling)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from kvferry.lab.point import Point
 from kvferry.lab.wire.bench import WireResult
 from kvferry.lab.wire.curve import Curve, median
+from kvferry.lab.wire.entries import family as family_of
 
 INT4 = ("int-g64", "bits=4")
 CACHEGEN = ("cachegen", "bins=shipped")
@@ -50,7 +51,7 @@ class Row:
 
 def measured(result: WireResult) -> list[Measured]:
     """The points about quality."""
-    return [_measured(result, point) for point in result.points if "suffix_kl" in point.metrics]
+    return [_measured(point) for point in result.points if "suffix_kl" in point.metrics]
 
 
 def rows(points: list[Measured], counted: list[str]) -> list[Row]:
@@ -99,7 +100,7 @@ def _at(points: list[Measured], model: str, tokens: int) -> list[Measured]:
     return [point for point in points if (point.model, point.tokens) == (model, tokens)]
 
 
-def _measured(result: WireResult, point: Point) -> Measured:
+def _measured(point: Point) -> Measured:
     recipe = point.recipe if isinstance(point.recipe, dict) else {}
     codec, spec = str(recipe["codec"]), str(recipe["spec"])
     bits, kl = point.metrics["bits_per_element"], point.metrics["suffix_kl"]
@@ -107,7 +108,7 @@ def _measured(result: WireResult, point: Point) -> Measured:
         label=point.arm,
         codec=codec,
         spec=spec,
-        family=result.families[f"{codec} {spec}"],
+        family=family_of(point.arm, codec, spec),
         model=str(recipe["model"]),
         tokens=int(recipe["tokens"]),
         bits=float(bits or 0.0),

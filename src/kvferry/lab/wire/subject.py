@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvferry.kv import KV, Role
+from kvferry.lab.wire.attention import Reads, read_prefix
 from kvferry.lab.wire.texts import passages
 from kvferry.models.capture import capture, capture_rotated
 from kvferry.models.load import Model
@@ -28,8 +29,10 @@ class Subject:
     targets: Int[Tensor, "batch after"]
     clean: Float[Tensor, "batch after vocab"]
     """Log-probabilities with the clean cache."""
-    queries: tuple[Float[Tensor, "batch queries suffix dim"], ...]
-    """Rotated queries of the suffix, per layer."""
+    queries: Reads
+    """Rotated queries of the suffix."""
+    reads: Reads
+    """What they read from the clean prefix."""
 
     @property
     def tokens(self) -> int:
@@ -68,7 +71,8 @@ def subject_of(model: Model, ids: Int[Tensor, "batch tokens"], tokens: int) -> S
     evidence = capture_rotated(model, _tokens(ids[:, : suffix.stop]), ["queries_rotated"]).evidence
     queries = tuple(layer[:, :, suffix] for layer in evidence.queries_rotated)
     clean = log_probs(model, rotated, after)
-    return Subject(model, content, rotated, after, ids[:, tokens + 1 :], clean, queries)
+    reads = read_prefix(model, queries, rotated)
+    return Subject(model, content, rotated, after, ids[:, tokens + 1 :], clean, queries, reads)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from itertools import groupby
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvferry.codec import CODECS
 from kvferry.lab.point import Point
 from kvferry.lab.wire.bench import WireResult
 from kvferry.lab.wire.entries import brief
@@ -76,7 +75,7 @@ def speed_cells(point: Point) -> Cells:
     encode, decode = metrics["encode_gbps"] or 0.0, metrics["decode_gbps"] or 0.0
     spec = str(recipe["spec"])
     return (
-        brief(CODECS.parse(spec)) if point.arm == "ours" else f"{point.arm}: {recipe['codec']}, {spec}",
+        brief(spec) if point.arm == "ours" else f"{point.arm}: {recipe['codec']}, {spec}",
         _number(metrics["bits_per_element"], 2),
         f"{encode:.2f}",
         f"{100 * encode / copied:.1f}",

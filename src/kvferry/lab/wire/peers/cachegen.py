@@ -19,7 +19,7 @@ from torch import Tensor
 from kvferry.errors import UsageError
 from kvferry.lab.wire.peers.peer import Layers, Packet, Peer, simulated
 
-KNOBS = (6, 8, 12, 16, 24, 32, 48, 64, 128)
+KNOBS = (8, 12, 16, 24, 32, 64)
 _TABLE_BINS = 32  # tables are as wide as the widest layer
 _KERNELS = Path("v1", "platform", "torch_ops", "cachegen_kernels.py")
 Bins = Callable[[int, bool], int]
