@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from kvferry.codec.base import Codec, kept, spec_segment
 from kvferry.codec.ecsq.layout import parts_of
 from kvferry.codec.ecsq.measured import Measured, Reads, Writes, measure_part
-from kvferry.codec.ecsq.message import Message, empty_groups, read_part
+from kvferry.codec.ecsq.message import Message, Written, empty_groups, read_part
 from kvferry.codec.ecsq.scheme import FromProfile, Scheme, SelfContained
 from kvferry.codec.ecsq.search import finest
 from kvferry.codec.ecsq.weights import Weighting, read_weights, weigh
@@ -84,13 +84,13 @@ class Ecsq(Codec):
             replace(kv, present=keep.unsqueeze(1)).require_finite()  # names layer, head and token
         message = self._message(manifest, measured, arrays)
 
-        def frame(step: int) -> Frame:
-            segments, n_tokens = message.segments(step), manifest.n_tokens
-            return kv_frame(kv.geometry, n_tokens, segments, step=step, profile_hash=self.profile_hash)
+        def build(one: Written) -> Frame:
+            n_tokens, step, profile_hash = manifest.n_tokens, one.step, self.profile_hash
+            return kv_frame(kv.geometry, n_tokens, one.segments(), step=step, profile_hash=profile_hash)
 
         if max_bytes is None:
-            return frame(self.step)
-        return finest(self.step, MAX_STEP, max_bytes, message.n_bytes, frame)
+            return build(message.at(self.step))
+        return finest(self.step, MAX_STEP, max_bytes, message, build)
 
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
         own = self._profile is None

@@ -1,6 +1,7 @@
 """A cache of one sequence in parts, to be written at any step, or read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,15 +23,14 @@ class Message:
     scheme: Scheme
     arrays: Arrays
 
-    def segments(self, step: int) -> tuple[Segment, ...]:
-        """All segments of the message at a step."""
-        payload = [Segment(SegmentType.PAYLOAD, part.body()) for part in self._coded(step)]
-        return (*self._before(), *payload)
+    @property
+    def n_numbers(self) -> int:
+        return sum(int((measured.part.size * measured.part.counts).sum()) for measured in self.measured)
 
-    def n_bytes(self, step: int) -> int:
-        """The length of the message at a step, a byte or two off."""
-        lengths = [len(segment.body) for segment in self._before()]
-        return packed_bytes([*lengths, *(part.n_bytes for part in self._coded(step))])
+    def at(self, step: int) -> "Written":
+        """The message at a step."""
+        coded = [self._code(one, step) if one.part.blocks else NOTHING for one in self.measured]
+        return Written(step, self._before, coded)
 
     def through(self, step: int, target: Arrays) -> None:
         """Write what coding at a step does to the numbers."""
@@ -40,17 +40,34 @@ class Message:
                 quantised = Quantised(measured.part, grid)
                 write_through(quantised, self.scheme.shaped(quantised, self.arrays), target)
 
+    @cached_property
     def _before(self) -> tuple[Segment, ...]:
         return (*self.head, *self.scheme.segments())
-
-    def _coded(self, step: int) -> list[Coded]:
-        return [self._code(measured, step) if measured.part.blocks else NOTHING for measured in self.measured]
 
     def _code(self, measured: Measured, step: int) -> Coded:
         side, grid = self.scheme.plan(measured, step)
         quantised = Quantised(measured.part, grid)
         symbols, raw = part_symbols(quantised, self.scheme.shaped(quantised, self.arrays))
         return code_part(side, quantised.rows, symbols, raw)
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A message at a step: what goes before the parts, and the parts, not yet entropy coded."""
+
+    step: int
+    before: tuple[Segment, ...]
+    coded: list[Coded]
+
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments of the message."""
+        return (*self.before, *(Segment(SegmentType.PAYLOAD, part.body()) for part in self.coded))
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """The length of the message, a byte or two off."""
+        lengths = [len(segment.body) for segment in self.before]
+        return packed_bytes([*lengths, *(part.n_bytes for part in self.coded)])
 
 
 def read_part(part: Part, body: bytes, scheme: Scheme, step: int, arrays: Arrays) -> None:
