@@ -28,9 +28,10 @@ test: $(READY) ## all quick tests
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m slow --timeout 1800
 
-fuzz: $(READY) ## a million mutated frames; guided by coverage where atheris installs
+fuzz: $(READY) ## a million mutated frames, then more of them guided by coverage where atheris installs
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
-	PYTHONPATH=tests $(BIN)/python -m fuzz
+	PYTHONPATH=tests $(BIN)/python -m fuzz --engine seeded --jobs $(JOBS)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --engine auto --seed 1 --n 250000 --jobs $(JOBS)
 
 lint: $(READY) ## style, formatting, types
 	$(BIN)/ruff check
