@@ -9,7 +9,8 @@ import torch
 
 import kvferry.align
 from kvferry.align import ALIGNERS
-from kvferry.align.contract import Aligner, Contract, covers, from_json, to_json
+from kvferry.align.contract import Aligner, Contract, from_json, to_json
+from kvferry.align.covered import covers
 from kvferry.align.features import flatten, unflatten, with_neighbours
 from kvferry.align.folder import aligner_class, load_aligner, save_aligner
 from kvferry.align.identity import Identity

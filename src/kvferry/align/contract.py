@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter
 from torch import nn
 
+from kvferry.align.covered import covers
 from kvferry.errors import CodecNotCovered, ForeignModel
 from kvferry.kv import KV, Geometry
-from kvferry.spec import read_call
 
 Grid = Literal["sender", "receiver"]
 SHORTEST_PREFIX = 16
@@ -41,28 +41,6 @@ class Contract:
                 raise ForeignModel(
                     f"{what} {got[:16]} sent, the aligner was fitted for {want[:16]}", cure=cure
                 )
-
-
-def covers(coded_with: tuple[str, ...], spec: str) -> bool:
-    """Whether a codec gives the numbers of one of those fitted under, or, as `raw` at fp32 under any `raw`, finer ones.
-
-    The second stage, `zstd`, does not matter: it is exact.
-
-    >>> covers(("raw(dtype=float16)",), "raw(dtype=float32)"), covers(("raw(dtype=float16)",), "int(bits=4)")
-    (True, False)
-    >>> covers(("int(bits=4, zstd=0)",), "int(bits=4, zstd=3)")
-    True
-    """
-    known = [_numbers(text) for text in coded_with]
-    wanted = _numbers(spec)
-    exact = wanted == ("raw", [], {"dtype": "float32"})
-    return wanted in known or (exact and any(name == "raw" for name, _, _ in known))
-
-
-def _numbers(spec: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """A codec without the option that leaves the numbers as they are."""
-    name, values, named = read_call(spec)
-    return name, values, {key: value for key, value in named.items() if key != "zstd"}
 
 
 def to_json(contract: Contract) -> dict[str, Any]:

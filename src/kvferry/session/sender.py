@@ -57,7 +57,7 @@ class Sender:
             "model": geometry.model,
             "tokenizer": geometry.tokenizer,
             "grid": "sender",
-            "codec": repr(self.codec),
+            "codec": repr(self.codec.agreed()),
         }
         return message_of(json_frame(MessageKind.HELLO, content))
 

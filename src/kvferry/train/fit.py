@@ -123,7 +123,7 @@ def fit(
     contract = Contract(
         sender=sender.geometry,
         receiver=receiver.geometry,
-        coded_with=tuple(repr(codec) for codec in codecs),
+        coded_with=tuple(repr(codec.agreed()) for codec in codecs),
         stride=pairs.stride,
     )
     with frozen(receiver):

@@ -41,7 +41,7 @@ class ProfileRecipe:
     n_contexts: int = 128
     draws: int = 3
     floor: float = 0.01
-    ridge: float = 0.1
+    ridge: float = 0.03
     batch_size: int = 32
     seed: int = 0
 
