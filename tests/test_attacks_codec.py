@@ -79,7 +79,7 @@ def test_any_first_number_of_a_payload(spec, bits):
     codec = CODECS.parse(spec)
     frame = codec.encode(KV_CACHE)
     plain = _plain(codec)
-    for width in range(2, 24, 2):
+    for width in (2, 4, 10, 22):
         for rest in (0x7F, 0x77, 0x11):
             bodies = [
                 (struct.pack("<H", bits) * (width // 2)).ljust(len(body), bytes([rest])) for body in plain
