@@ -62,6 +62,15 @@ class Codec(Method, ABC):
         """This codec with those options at their defaults."""
         return self
 
+    def agreed(self) -> "Codec":
+        """This codec as the other side knows it: what lies in files is named by hash."""
+        return self
+
+    @property
+    def profile_hash(self) -> int:
+        """The profile that its messages name; 0 for none."""
+        return 0
+
 
 def codec_of(frame: Frame) -> Codec:
     """The codec that a frame names; `CodecNotCovered` if it is not built in, `Malformed` if unreadable.
