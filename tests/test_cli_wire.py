@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +18,13 @@ from typer.testing import CliRunner
 import contract
 from kvferry.cli import app
 from kvferry.codec import CODECS, decode
+from kvferry.codec.varints import write_varints
 from kvferry.errors import CacheError, ForeignModel, ShapeMismatch
 from kvferry.kv import Plan
 from kvferry.session.cache_file import load_cache, save_cache
 from kvferry.session.message import Message, message_of, text_message
 from kvferry.session.survey import survey
-from kvferry.wire import SHORT_HEADER_BYTES, MessageKind, json_frame, pack
+from kvferry.wire import SHORT_HEADER_BYTES, MessageKind, Segment, SegmentType, json_frame, pack
 
 CONTEXT = "Ann has tea in Oslo. Ben has salt in Rome."
 HOLES = contract.cache(contract.RAGGED)
@@ -354,6 +357,21 @@ def test_inspect_needs_no_torch(message: Path) -> None:
         [sys.executable, "-c", NO_TORCH, message], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("n_layers", [4097, 2**20, 2**34])
+def test_inspect_counts_no_endless_layers(n_layers: int) -> None:
+    frame = KV_MESSAGE.frame
+    shape = Segment(SegmentType.SHAPE, write_varints(np.array([0, 0, n_layers, 1, 1, 1])))
+    others = tuple(segment for segment in frame.segments if segment.type != SegmentType.SHAPE)
+    data = pack(replace(frame, segments=(*others, shape)))
+    tracemalloc.start()
+    found, error = survey(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert type(error).__name__ == found.error.type == "LimitExceeded"
+    assert found.cache is None and found.segments[-1].name == "END"
 
 
 def test_inspect_prints_a_table(message: Path) -> None:

@@ -27,8 +27,8 @@ from kvferry.wire import (
 from kvferry.wire.header import Header, Start, read_header
 from kvferry.wire.segments import read_segment
 
-MAX_SLOTS = 1 << 26
-"""Layers times tokens that are counted: whoever made the message cannot make the survey take more memory."""
+MAX_LAYERS, MAX_SLOTS = 4096, 1 << 26
+"""Layers, and layers times tokens, that are counted: no message can make the survey take more memory."""
 _STEPS_PER_OCTAVE = 64
 _CHECKSUM_BYTES, _CONTRACT_AT = 4, 8
 _HASHES = ("model", "geometry", "tokenizer", "profile")
@@ -214,8 +214,10 @@ def _cache(frame: Frame, n_bytes: int) -> CacheRow:
     """Shape and size of the cache; `Malformed` where SPEC, SHAPE or TOKENS cannot be read."""
     runs, keys, call_length = read_shape(frame.body(SegmentType.SHAPE) or b"")
     n_layers = sum(run[0] for run in runs)
-    if n_layers * max(frame.n_tokens, 1) > MAX_SLOTS:
-        what = f"{n_layers} layers of {frame.n_tokens} tokens, the limit is {MAX_SLOTS} slots"
+    if n_layers > MAX_LAYERS or n_layers * frame.n_tokens > MAX_SLOTS:
+        what = (
+            f"{n_layers} layers of {frame.n_tokens} tokens, the limits are {MAX_LAYERS} and {MAX_SLOTS} slots"
+        )
         raise LimitExceeded(what, cure="Unpack it where its model is known")
     present = read_tokens(frame.body(SegmentType.TOKENS), n_layers, frame.n_tokens)
     rows = _layer_rows([run[1:] for run in runs for _ in range(run[0])], present.sum(axis=1).tolist())
