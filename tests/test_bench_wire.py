@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from kvferry.cli import app
 from kvferry.errors import FolderError, UsageError
-from kvferry.lab.wire import texts
+from kvferry.lab.wire import profiles, texts
 from kvferry.lab.wire.bench import LENGTHS, wanted
 from kvferry.lab.wire.coding import through_codec
 from kvferry.lab.wire.curve import Curve
-from kvferry.lab.wire.entries import own_entries
+from kvferry.lab.wire.entries import STEPS, family, own_entries, profile_entries
 from kvferry.lab.wire.peers.cachegen import lmcache_peers
 from kvferry.lab.wire.peers.peer import Layers, Peer
 from kvferry.lab.wire.peers.table import installed_peers
@@ -288,11 +288,11 @@ def test_speed_is_measured_on_fresh_numbers():
 
 
 def test_the_command_end_to_end(tmp_path: Path):
-    out, picture = tmp_path / "wire.json", tmp_path / "wire.svg"
+    out, picture, page = (tmp_path / f"wire.{kind}" for kind in ("json", "svg", "md"))
     words = ["bench", "wire", "--models", "llama", "--tokens", str(TOKENS), "--messages", str(MESSAGES)]
     codecs = "; ".join(f"int(bits={bits}, group=64, axis=block)" for bits in (8, 4, 3, 2))
     words += ["--codecs", codecs, "--peers", "int-g64, cachegen", "--repeats", "0"]
-    done = CliRunner().invoke(app, [*words, "--json", str(out), "--plot", str(picture)])
+    done = CliRunner().invoke(app, [*words, "--json", str(out), "--plot", str(picture), "--page", str(page)])
     assert done.exit_code == 0, done.output
     assert "int(group=64, axis=block)" in done.output
     result = load_wire(out)
@@ -307,6 +307,7 @@ def test_the_command_end_to_end(tmp_path: Path):
         "gap_kl",
     }
     assert "<svg" in picture.read_text()
+    assert page.read_text().count("### ") == 3
     [row] = rows(measured(result), result.counted)
     assert not row.counted  # a model of the zoo
     assert set(row.ratios) == {"int4-g64", "CacheGen"} <= set(BASELINES)
@@ -317,3 +318,16 @@ def test_the_command_end_to_end(tmp_path: Path):
 def test_a_codec_that_does_not_exist_is_refused_before_anything_is_loaded():
     with pytest.raises(UsageError, match="unknown codec"):
         own_entries(("itn(bits=4)",))
+
+
+def test_a_profile_is_fitted_where_none_is_shipped(model: Model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(profiles, "shipped_profiles", list)
+    monkeypatch.setattr(profiles, "RECIPE", replace(profiles.RECIPE, n_contexts=2))
+    name = profiles.profile_name(model)
+    [first, *_] = profile_entries(name)
+    assert family(first.label, first.codec, first.spec) == "ecsq(profile)"
+    subject = make_subject(model, TOKENS, MESSAGES)
+    coded = first.coding(subject)
+    plain = through_codec(f"ecsq(step={STEPS[0]})")(subject)
+    assert coded.n_bits < plain.n_bits
+    assert measure(subject, coded.kv).suffix_kl < 0.1

@@ -39,6 +39,7 @@ def bench_wire(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer messages: for a first look.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an SVG: KL against bits.")] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.")] = None,
 ) -> None:
     """What our codecs and others cost in bits, spoil in predictions, and how fast they are."""
     from kvferry.lab.wire.bench import LENGTHS, N_MESSAGES, QUICK_MESSAGES, Settings, default_models
@@ -53,7 +54,7 @@ def bench_wire(
         repeats=repeats,
     )
     result = _run(settings, missing)
-    _write(result, json, plot)
+    _write(result, json, plot, page)
     _show(result)
 
 
@@ -95,11 +96,12 @@ def _run(settings: "Settings", missing: list[str]) -> "WireResult":
 def _show(result: "WireResult") -> None:
     from rich.console import Console
 
-    from kvferry.lab.wire.tables import rich_tables
+    from kvferry.lab.wire.sheets import sheets
+    from kvferry.lab.wire.tables import rich_table
 
     console = Console(highlight=False)
-    for table in rich_tables(result):
-        console.print(table)
+    for sheet in sheets(result):
+        console.print(rich_table(sheet))
     for line in result.missing:
         console.print(f"left out: {line}")
     console.print(
@@ -107,13 +109,17 @@ def _show(result: "WireResult") -> None:
     )
 
 
-def _write(result: "WireResult", json: Path | None, plot: Path | None) -> None:
+def _write(result: "WireResult", json: Path | None, plot: Path | None, page: Path | None) -> None:
     from kvferry.lab.ledger import write_file
     from kvferry.lab.picture import as_bytes
     from kvferry.lab.wire.plot import draw
     from kvferry.lab.wire.results import save_wire
+    from kvferry.lab.wire.sheets import sheets
+    from kvferry.lab.wire.tables import markdown
 
     if json:
         save_wire(result, json)
     if plot:
         write_file(plot, as_bytes(draw(result), "svg"))
+    if page:
+        write_file(page, "\n\n".join(map(markdown, sheets(result))).encode() + b"\n")
