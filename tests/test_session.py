@@ -12,6 +12,7 @@ from kvferry.align.contract import Contract
 from kvferry.align.identity import Identity
 from kvferry.align.linear import Linear
 from kvferry.align.shipped import aligner_path, names
+from kvferry.codec import CODECS
 from kvferry.errors import (
     BudgetTooSmall,
     ChecksumMismatch,
@@ -244,12 +245,19 @@ def test_a_short_message_from_a_file_is_refused(receiver, message):
         receiver.answer(message_of(replace(message.frame, short=True)), QUESTIONS[0])
 
 
-async def test_a_profile_is_part_of_the_agreement(sender, receiver, message):
-    holder = Receiver(receiver.model, receiver.aligner, profiles=[5])
-    ids = read_json(holder.welcome(sender.hello()).frame)["contracts"]
-    assert [agreed.contract_id for agreed in holder.agreements] == ids
-    assert replace(message.frame, profile_hash=5).agreement in holder.agreements
-    assert replace(message.frame, profile_hash=5).agreement not in receiver.agreements
+async def test_a_profile_is_part_of_the_agreement(sender):
+    """A receiver agrees to the profiles that its aligner was fitted under, as far as they are at hand."""
+    coder = CODECS.parse("ecsq(step=32, profile=llama)").agreed()
+    coded_with = (repr(coder), "ecsq(step=0, weighting=layer, profile=p0123456789abcdef)")
+    own = sender.model.geometry
+    holder = Receiver(sender.model, Identity(Contract(own, own, coded_with=coded_with)))
+    profiled = sender.with_codec("ecsq(step=32, profile=llama)")
+    ids = read_json(holder.welcome(profiled.hello()).frame)["contracts"]
+    message = profiled.read(ITEMS[0].context)
+    assert ids == [agreed.contract_id for agreed in holder.agreements]
+    assert len(ids) == 3
+    assert message.frame.agreement in holder.agreements
+    assert holder.answer(message, QUESTIONS[0]).text == ITEMS[0].answer
 
 
 @pytest.mark.parametrize("answer", [{"contracts": 5}, {"contracts": ["a"]}, {"codecs": None}])

@@ -37,7 +37,7 @@ def save_aligner(aligner: Aligner, folder: Path, card: str) -> None:
 
 def load_aligner(where: str | Path) -> Aligner:
     """Load a folder or hub id. Raises `FolderError` for one that is missing, corrupt or of another kind."""
-    folder = _folder(where)
+    folder = aligner_folder(where)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         aligner = aligner_class(config["name"])(from_json(config["contract"]), **config["options"])
@@ -57,7 +57,8 @@ def aligner_class(name: str) -> type[Aligner]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _folder(where: str | Path) -> Path:
+def aligner_folder(where: str | Path) -> Path:
+    """The folder itself, or that of a hub id, fetched; `FolderError` where there is none."""
     if Path(where).is_dir():
         return Path(where)
     try:

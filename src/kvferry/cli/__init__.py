@@ -14,6 +14,7 @@ from kvferry.cli.fit import fit
 from kvferry.cli.group import Verbs
 from kvferry.cli.inspect import inspect
 from kvferry.cli.pack import pack_file
+from kvferry.cli.profile import profile
 from kvferry.cli.send import send
 from kvferry.cli.serve import serve
 from kvferry.cli.unpack import unpack_file
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command("bytes")(count_bytes)
 app.command()(demo)
 app.command()(fit)
+app.command()(profile)
 app.command()(aligners)
 app.add_typer(bench, name="bench")
 app.add_typer(zoo, name="zoo")

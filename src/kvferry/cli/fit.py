@@ -39,6 +39,9 @@ def fit(
 ) -> None:
     """Fit an aligner: in closed form, then by the receiver's answers, through every codec in turn."""
     from kvferry.align.folder import save_aligner
+    from kvferry.codec.ecsq import Ecsq
+    from kvferry.codec.profile import save_profile
+    from kvferry.codec.profiles import NONE, SUFFIX, find_profile
     from kvferry.models.load import load, public_name
     from kvferry.train.card import card
     from kvferry.train.examples import source_of
@@ -52,6 +55,9 @@ def fit(
         fitted = fit_pair(source, target, source_of(data, target.prompt), recipe, on_step=on_step)
     names = public_name(sender), public_name(receiver)
     save_aligner(fitted.aligner, out, card(fitted, *names, _command(*names, data, recipe)))
+    for profile in {codec.profile for codec in recipe.parsed() if isinstance(codec, Ecsq)} - {NONE}:
+        held = find_profile(profile)
+        save_profile(held, out / f"{held.name}{SUFFIX}")
     _show(fitted, out, json)
 
 

@@ -4,12 +4,16 @@ A message names a profile by hash and causes no file to be read: only what is sh
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvferry.codec.profile import Profile, load_profile
 from kvferry.errors import FolderError, ForeignProfile
+from kvferry.spec import read_call
 
 NONE = "none"
+SUFFIX = ".profile.safetensors"
+"""Profiles beside an aligner are named by hash, with this ending."""
 _HASHED = re.compile(r"p[0-9a-f]{16}")
 _SHIPPED = Path(__file__).parents[1] / "profiles"
 _held: dict[str, Profile] = {}
@@ -44,14 +48,38 @@ def find_profile(name: str) -> Profile:
     return _load(Path(name))
 
 
+def hold_profiles(folder: Path) -> None:
+    """Hold the profiles that lie in the folder of an aligner."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        _load(path)
+
+
+def profiles_of(specs: Iterable[str]) -> tuple[int, ...]:
+    """The hashes of the profiles at hand that these codecs name, 0 (none) first."""
+    named = {str(read_call(spec)[2].get("profile", NONE)) for spec in specs} - {NONE}
+    return 0, *sorted(find_profile(name).wire_hash for name in named if _at_hand(name))
+
+
+def _at_hand(name: str) -> bool:
+    try:
+        return bool(find_profile(name))
+    except ForeignProfile:
+        return False
+
+
 def _by_hash(name: str) -> Profile:
     if name not in _held:
-        for shipped in shipped_profiles():
-            find_profile(shipped)
+        _hold_shipped()
     if name not in _held:
         cure = f"Hold it first: kvferry.codec.profiles.find_profile(FILE). Held: {', '.join(_held) or 'none'}"
         raise ForeignProfile(f"profile {name} is not at hand", cure=cure)
     return _held[name]
+
+
+def _hold_shipped() -> None:
+    """Once: messages that name unknown hashes must not cause files to be read again and again."""
+    for name in shipped_profiles():
+        find_profile(name)
 
 
 def _load(path: Path) -> Profile:

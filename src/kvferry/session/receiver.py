@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from kvferry.align.contract import Aligner, Contract
-from kvferry.align.folder import load_aligner
+from kvferry.align.folder import aligner_folder, load_aligner
 from kvferry.align.identity import Identity
 from kvferry.codec import codec_of, decode
 from kvferry.codec.manifest import agreement_of
+from kvferry.codec.profiles import hold_profiles, profiles_of
 from kvferry.errors import ContractError, ForeignModel, GridMismatch, Malformed, UsageError
 from kvferry.kv import KV, stack
 from kvferry.models.generate import OnText
@@ -34,10 +35,7 @@ class Receiver:
         self,
         model: Model | str | Path,
         aligner: Aligner | str | Path | None = None,
-        profiles: Sequence[int] = (),
     ) -> None:
-        self.profiles = (0, *profiles)
-        """Hashes of the profiles that messages may be coded with; 0 for none."""
         self.model = model if isinstance(model, Model) else load(str(model))
         self.aligner = self._aligner(aligner).to(self.model.device)
         self.contract = self.aligner.contract
@@ -95,13 +93,19 @@ class Receiver:
     @property
     def agreements(self) -> tuple[Agreement, ...]:
         """What short headers may stand for: no model (text, requests), and the aligner's sender under each profile."""
-        return (Agreement(), *(agreement_of(self.contract.sender, profile) for profile in self.profiles))
+        sender = self.contract.sender
+        return (
+            Agreement(),
+            *(agreement_of(sender, profile) for profile in profiles_of(self.contract.coded_with)),
+        )
 
     def _aligner(self, given: Aligner | str | Path | None) -> Aligner:
         if isinstance(given, Aligner):
             return given
         if given is not None:
-            return load_aligner(given)
+            folder = aligner_folder(given)
+            hold_profiles(folder)
+            return load_aligner(folder)
         own = self.model.geometry
         return Identity(Contract(sender=own, receiver=own))
 

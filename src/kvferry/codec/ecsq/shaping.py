@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from kvferry.codec.ecsq import loops
+from kvferry.codec.ecsq.feedback import feed_back
 from kvferry.codec.ecsq.grid import centre, step_size
 from kvferry.codec.ecsq.layout import Block
 from kvferry.codec.ecsq.source import Arrays, BlockArray, Quantised
@@ -56,7 +56,7 @@ def _shape_rows(
     step = step_size(quantised.exponent[rows]).reshape(by_channel)
     centres = _centres(quantised.level[rows]).reshape(*by_channel, N_CENTROIDS)
     target = np.ascontiguousarray(numbers.transpose(0, 2, 1)) - mean[..., None]
-    (compiled(loops.feed_back) if available() else _feed_back)(target, feedback, step, centres)
+    (compiled(feed_back) if available() else _feed_back)(target, feedback, step, centres)
     return (target + mean[..., None]).transpose(0, 2, 1)
 
 
