@@ -16,6 +16,8 @@ from fuzz.seeds import seeds
 from fuzz.structure import parts_of, written
 from kvferry.codec import CODECS, Codec, decode
 from kvferry.errors import (
+    ForeignModel,
+    ForeignProfile,
     KvferryError,
     LimitExceeded,
     Malformed,
@@ -28,6 +30,7 @@ from kvferry.kv import Plan
 from kvferry.session.message import Message, text_message
 from kvferry.session.survey import survey
 from kvferry.wire import Frame, Limits, MessageKind, Segment, SegmentType, pack, unpack
+from profiles import held_profile
 from specs import SPECS, untried
 
 KV_CACHE = contract.cache(((1, 3, 2), (2, 4, 1)), n_tokens=5)
@@ -127,6 +130,50 @@ def test_steps_and_weights_at_their_extremes(weight, step):
     others = tuple(s for s in frame.segments if s.type != SegmentType.WEIGHTS)
     forged = replace(frame, step=step, segments=(*others, Segment(SegmentType.WEIGHTS, body)))
     _refused_or_finite(forged)
+
+
+SPECS_WITH_FILES = [
+    "profile=llama",
+    "profile=none",
+    "profile=p0000000000000001",
+    "profile=tests",
+    "profile='..'",
+]
+
+
+@pytest.mark.parametrize("option", SPECS_WITH_FILES)
+def test_a_spec_names_no_file(option, monkeypatch):
+    frame = CODECS.parse("ecsq").encode(KV_CACHE)
+    others = tuple(segment for segment in frame.segments if segment.type != SegmentType.SPEC)
+    spec = Segment(SegmentType.SPEC, f"ecsq({option})".encode())
+    monkeypatch.setattr("kvferry.codec.profiles.load_profile", pytest.fail)
+    with pytest.raises(Malformed):
+        decode(replace(frame, segments=(*others, spec)), KV_CACHE.geometry)
+
+
+def test_a_profile_that_nobody_holds_costs_no_more_each_time(monkeypatch):
+    frame = replace(CODECS.parse("ecsq").encode(KV_CACHE), profile_hash=1)
+    asked = []
+    for _ in range(3):
+        with pytest.raises(ForeignProfile):
+            decode(frame, KV_CACHE.geometry)
+        monkeypatch.setattr("kvferry.codec.profiles.load_profile", asked.append)
+    assert asked == []
+
+
+def test_a_profile_of_another_model_is_refused():
+    hold = held_profile(KV_CACHE.geometry)
+    own = CODECS.parse(f"ecsq(profile={hold.name})").encode(KV_CACHE)
+    _refused_or_finite(own)
+    other = contract.geometry(((1, 3, 2), (2, 4, 1)), model="ee")
+    with pytest.raises(ForeignModel):
+        decode(own, other)
+    for forged in (
+        replace(own, profile_hash=0),
+        replace(CODECS.parse("raw").encode(KV_CACHE), profile_hash=hold.wire_hash),
+    ):
+        with pytest.raises((Malformed, ForeignProfile)):
+            decode(forged, KV_CACHE.geometry)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "zstd" in spec])

@@ -11,6 +11,7 @@ from kvferry.codec.manifest import spans_segment
 from kvferry.kv import KV, Geometry, Plan, Spans
 from kvferry.session.message import text_message
 from kvferry.wire import Agreement, Frame, MessageKind, cut, json_frame, pack, text_frame
+from profiles import held_profile
 from specs import SPECS
 
 KEY = bytes(range(32))
@@ -64,6 +65,7 @@ def _forms(kv: KV) -> list[Seed]:
         Seed("axes", pack(codec.encode(axes)), kv.geometry),
         Seed("no tokens", pack(codec.encode(contract.cache(contract.RAGGED, n_tokens=0))), kv.geometry),
         Seed("classes", pack(_classes(kv)), kv.geometry),
+        Seed("profile", pack(_profiled(kv)), kv.geometry),
         Seed("sparse", pack(_sparse(CODECS.parse("int(4)"))), contract.geometry(((1, 1, 1), (1, 1, 1)))),
     ]
 
@@ -74,6 +76,11 @@ def _classes(kv: KV) -> Frame:
     plan.classes[:, :, :4] = 2
     plan.classes[2, 1, 6:] = 5
     return CODECS.parse("ecsq").encode(kv, plan)
+
+
+def _profiled(kv: KV) -> Frame:
+    """Channels as a profile says that both ends hold."""
+    return CODECS.parse(f"ecsq(profile={held_profile(kv.geometry).name})").encode(kv)
 
 
 def _sparse(codec) -> Frame:
