@@ -17,6 +17,7 @@ from kvferry.codec.entropy.tables import LOWEST, N_CENTROIDS, tables
 from kvferry.errors import Malformed
 
 OCTAVE = 64
+_OCTAVE_LOG2 = 6
 CLASS_EXPONENT, CLASS_LEVEL = 32, 2
 """Each precision class is half an octave coarser than the one before."""
 SILENT = LOWEST - 1
@@ -70,7 +71,7 @@ def step_size(exponent: Exponents) -> Float32[np.ndarray, " n"]:
     >>> step_size(np.array([0, 64, -128])).tolist()
     [1.0, 2.0, 0.25]
     """
-    return _times_power(_mantissas()[exponent % OCTAVE], exponent // OCTAVE)
+    return _times_power(_mantissas()[exponent & (OCTAVE - 1)], exponent >> _OCTAVE_LOG2)
 
 
 def grain_of(n_tokens: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -79,22 +80,24 @@ def grain_of(n_tokens: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 
 
 def levels_of(
-    deviation: Float64[np.ndarray, " n"], exponent: Exponents, n_tokens: Int64[np.ndarray, " n"]
+    deviation: Float64[np.ndarray, " n"], step: Float32[np.ndarray, " n"], n_tokens: Int64[np.ndarray, " n"]
 ) -> Int64[np.ndarray, " n"]:
     """The levels of channels of this deviation."""
-    ratio = deviation / step_size(exponent)
-    return np.where(grain_of(n_tokens) == 2, level_of(ratio, 2), level_of(ratio))
+    return level_of(deviation / step, grain_of(n_tokens))
 
 
-def mean_unit(level: Exponents, exponent: Exponents, n_tokens: Exponents) -> Float32[np.ndarray, " n"]:
+def mean_unit(
+    level: Int64[np.ndarray, " n"], step: Float32[np.ndarray, " n"], n_tokens: Int64[np.ndarray, " n"]
+) -> Float32[np.ndarray, " n"]:
     """What a mean is sent in multiples of: 2**(level / 4) steps, less the finer the more tokens pay for it.
 
     A mean that is off costs bits in proportion to tokens; it is sent to a share of about 2.8 / sqrt(tokens) of the
     deviation, and never finer than a quarter of a step.
     """
-    share = np.maximum(np.frexp(n_tokens)[1] - 4, 0) // 2
-    octaves = np.maximum(np.where(level == SILENT, -2, level // 4 - share), -2)
-    return _times_power(step_size(exponent), octaves)
+    n_bits = (n_tokens.astype(np.float64).view(np.int64) >> 52) - 1022
+    share = np.maximum(n_bits - 4, 0) >> 1
+    octaves = np.maximum(np.where(level == SILENT, -2, (level >> 2) - share), -2)
+    return _times_power(step, octaves)
 
 
 def class_level(level: Exponents, token_class: Exponents) -> Exponents:

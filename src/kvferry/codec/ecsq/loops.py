@@ -64,49 +64,35 @@ def symbols(block, tokens, mean, inverse, reach, place_of, out, beyond):  # noqa
                     to[index] = tile[index, place]
 
 
-def values(out, tokens, symbols, place_of, table, reach, centre, step, mean, escaped):  # noqa: ANN001, ANN201
+def values(out, tokens, symbols, place_of, reach, centre, step, mean, escaped):  # noqa: ANN001, ANN201
     """Write the numbers of `tokens` from the symbols in their channels' rows; mark rows that hold an escape.
 
-    A silent channel, whose place is -1, is its mean.
+    `centre` is `[magnitude 1 to 3, channel]`. A silent channel, whose place is -1, is its mean.
     """
     heads, _, dim = out.shape
     tile = np.empty((len(tokens), dim), np.uint8)
     for head in range(heads):
         one = slice(head * dim, head * dim + dim)
-        middle, by, reaches, places, tables = mean[one], step[one], reach[one], place_of[one], table[one]
+        middle, by, reaches, places = mean[one], step[one], reach[one], place_of[one]
+        first, second, third = centre[0, one], centre[1, one], centre[2, one]
         for place in range(dim):
             if places[place] < 0:
-                tile[:, place] = reaches[place]
-            else:
-                row = symbols[places[place] : places[place] + len(tokens)]
-                escape, found = 2 * reaches[place] + 1, False
-                for index in range(len(tokens)):
-                    tile[index, place] = row[index]
-                    found |= row[index] == escape
-                escaped[head * dim + place] |= found
+                tile[:, place] = np.uint8(reaches[place])
+                continue
+            row = symbols[places[place] : places[place] + len(tokens)]
+            escape, found = np.uint8(2 * reaches[place] + 1), np.uint8(0)
+            for index in range(len(tokens)):
+                found |= np.uint8(row[index] == escape)
+            escaped[head * dim + place] |= found > 0
+            for index in range(len(tokens)):
+                tile[index, place] = row[index]
         for index in range(len(tokens)):
             row, to = tile[index], out[head, tokens[index]]
             for place in range(dim):
-                to[place] = centre[tables[place], row[place]] * by[place] + middle[place]
-
-
-def feed_back(target, feedback, step, centres):  # noqa: ANN001, ANN201
-    """Round channel after channel; subtract what its error means for those to come. In place."""
-    heads, dim, tokens = target.shape
-    error = np.empty(tokens, np.float32)
-    original = np.empty((dim, tokens), np.float32)
-    for head in range(heads):
-        original[:] = target[head]
-        for place in range(dim):
-            size = step[head, place]
-            inverse = np.float32(1) / size
-            for token in range(tokens):
-                whole = np.rint(target[head, place, token] * inverse)
-                most = np.abs(whole)
-                if most < centres.shape[2]:
-                    whole = centres[head, place, np.int64(most)] * np.sign(whole)
-                error[token] = whole * size - original[place, token]
-            for later in range(place + 1, dim):
-                share = feedback[head, later, place]
-                for token in range(tokens):
-                    target[head, later, token] -= share * error[token]
+                number = np.float32(np.int32(row[place])) - reaches[place]
+                # One choice a line: so it is done for many channels at once.
+                size = abs(number)
+                size = first[place] if size == np.float32(1) else size
+                size = second[place] if size == np.float32(2) else size
+                size = third[place] if size == np.float32(3) else size
+                to[place] = (-size if number < np.float32(0) else size) * by[place] + middle[place]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from kvferry.codec.ecsq.grid import SILENT, Grid, grain_of, mean_unit
+from kvferry.codec.ecsq.grid import SILENT, Grid, grain_of, mean_unit, step_size
 from kvferry.codec.entropy.symbols import MAX_LEVEL, Rows, level_of
 from kvferry.codec.entropy.tables import LOWEST
 from kvferry.errors import Malformed
@@ -68,15 +68,15 @@ def grid_of(side: Side, exponent: Numbers) -> Grid:
     """The grid that both ends use: that of what is sent, not of what was measured."""
     n_tokens = np.repeat(side.n_tokens, side.size)
     level = np.where(side.code == 0, SILENT, LOWEST + (side.code - 1) * grain_of(n_tokens))
-    return Grid(exponent, level, scaled_mean(side.mean, level, exponent, n_tokens))
+    return Grid(exponent, level, scaled_mean(side.mean, level, step_size(exponent), n_tokens))
 
 
 def scaled_mean(
-    mean: Numbers, level: Numbers, exponent: Numbers, n_tokens: Numbers
+    mean: Numbers, level: Numbers, step: Float32[np.ndarray, " n"], n_tokens: Numbers
 ) -> Float32[np.ndarray, " n"]:
     """Means from their units: multiplied in double precision, rounded once."""
     with np.errstate(over="ignore", invalid="ignore"):  # a grid refuses infinite means
-        return (mean * mean_unit(level, exponent, n_tokens).astype(np.float64)).astype(np.float32)
+        return (mean * mean_unit(level, step, n_tokens).astype(np.float64)).astype(np.float32)
 
 
 def _row_level(numbers: Numbers, starts: Blocks, size: Blocks) -> Blocks:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
@@ -122,30 +122,22 @@ def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> Bool
     """Write the numbers of rows without raw bits; returns which of the rows that are sent have some."""
     slow = quantised.level - LOWEST >= N_TABLES
     table = np.clip(quantised.level - LOWEST, 0, N_TABLES - 1)
-    reach, place = tables().reach[table], quantised.places(quantised.sent)
-    step, mean, kernel = step_size(quantised.exponent), quantised.mean, compiled(loops.values)
+    reach, centres = tables().reach.astype(np.float32)[table], tables().centroid.T[1:, table]
+    place, step, mean = quantised.places(quantised.sent), step_size(quantised.exponent), quantised.mean
+    kernel = compiled(loops.values)
     for block, held, rows in quantised.part.row_groups():
         kernel(
             arrays(block),
             held,
             symbols,
             place[rows],
-            table[rows],
             reach[rows],
-            _centres(),
+            centres[:, rows],
             step[rows],
             mean[rows],
             slow[rows],
         )
     return slow[quantised.sent]
-
-
-@cache
-def _centres() -> Float32[np.ndarray, "tables symbols"]:
-    """`centre` of every symbol of every table."""
-    symbol = np.arange(tables().frequency.shape[1])
-    numbers = symbol - tables().reach[:, None]
-    return centre(numbers, np.broadcast_to(np.arange(N_TABLES)[:, None] + LOWEST, numbers.shape))
 
 
 def _numbers(quantised: Quantised, arrays: Arrays, sent: Indices) -> Int64[np.ndarray, " n"]:

@@ -64,7 +64,9 @@ class Raw:
 NO_RAW = Raw(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def level_of(deviation: Float64[np.ndarray, "*shape"], grain: int = 1) -> Int64[np.ndarray, "*shape"]:
+def level_of(
+    deviation: Float64[np.ndarray, "*shape"], grain: Int64[np.ndarray, "*shape"] | int = 1
+) -> Int64[np.ndarray, "*shape"]:
     """The level of numbers of this deviation, a multiple of `grain`.
 
     >>> level_of(np.array([0.0, 1.0, 2.0, 1e9])).tolist()
