@@ -14,7 +14,7 @@ from fuzz import oracle
 from fuzz.mutate import NUMBERS
 from fuzz.seeds import seeds
 from fuzz.structure import parts_of, written
-from kvferry.codec import CODECS, Codec, decode
+from kvferry.codec import CODECS, Codec, decode, integer_fast
 from kvferry.errors import (
     ForeignModel,
     ForeignProfile,
@@ -99,6 +99,17 @@ def _refused_or_finite(frame: Frame) -> None:
     for group in came.groups:
         assert bool(torch.isfinite(group.keys).all())
         assert bool(torch.isfinite(group.values).all())
+
+
+@pytest.mark.parametrize("axis", ["token", "channel", "head", "block"])
+@pytest.mark.parametrize("group", [2**31, 2**62, 2**63 - 1, 2**64, 10**30])
+def test_a_group_beyond_any_row(group, axis, monkeypatch):
+    """It is the whole row, for compiled loops too, whatever their numbers hold."""
+    monkeypatch.setattr(integer_fast, "SMALLEST", 0)
+    whole, huge = (CODECS.parse(f"int(4, group={size}, axis={axis})") for size in (0, group))
+    one, other = whole.encode(KV_CACHE), huge.encode(KV_CACHE)
+    assert one.bodies(SegmentType.PAYLOAD) == other.bodies(SegmentType.PAYLOAD)
+    contract.same(decode(one, KV_CACHE.geometry), decode(other, KV_CACHE.geometry))
 
 
 @every_spec

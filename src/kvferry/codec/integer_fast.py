@@ -38,7 +38,7 @@ def write(
     `limits` are what the largest number of a group becomes, the lowest and the highest code.
     """
     n_rows, length = grouping.rows(*values.shape[1:])
-    group = grouping.group or length
+    group = min(grouping.group or length, length)  # a message may say any number
     rows, shift = _patterns(values, grouping)
     peaks = np.empty((len(rows), grouping.n_groups(*values.shape[1:])), np.uint32)
     fast.compiled(_peaks)(rows, shift, length, group, peaks)
@@ -69,7 +69,7 @@ def read(
     n_rows, length = grouping.rows(*out.shape[1:])
     turned = grouping.axis == "channel" or not out.is_contiguous()
     rows = torch.empty(len(out), n_rows * length) if turned else out.flatten(1)
-    group, skip = grouping.group or length, 2 * scales.shape[1]
+    group, skip = min(grouping.group or length, length), 2 * scales.shape[1]
     lowest = fast.compiled(_read)(
         data.numpy(), skip, bits, scales.numpy(), length, group, np.float32(middle), rows.numpy()
     )

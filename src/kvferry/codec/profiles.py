@@ -5,6 +5,7 @@ A message names a profile by hash and causes no file to be read: only what is sh
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from kvferry.codec.profile import Profile, load_profile
@@ -76,6 +77,7 @@ def _by_hash(name: str) -> Profile:
     return _held[name]
 
 
+@cache
 def _hold_shipped() -> None:
     """Once: messages that name unknown hashes must not cause files to be read again and again."""
     for name in shipped_profiles():
