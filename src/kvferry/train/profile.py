@@ -36,12 +36,13 @@ _SMALLEST = 2.0**-60
 @dataclass(frozen=True)
 class ProfileRecipe:
     """`draws` continuations of each context are drawn. To a head's matrix are added `floor` of its block's mean and
-    `ridge` of its own diagonal: little data, and less shaping where steps are coarse."""
+    `ridge` of its own diagonal, for there is little data. Deviations are those of what is rounded at `usual_step`."""
 
     n_contexts: int = 128
     draws: int = 3
     floor: float = 0.01
     ridge: float = 0.03
+    usual_step: int = 32
     batch_size: int = 32
     seed: int = 0
 
@@ -104,7 +105,9 @@ def profile_of(model: Model, cases: Iterable[Case], recipe: ProfileRecipe) -> Pr
         geometry.shape_digest(),
         geometry.tokenizer,
         mean.astype(np.float32),
-        np.rint(OCTAVE * 0.5 * np.log2(variance)).astype(np.int16),
+        np.rint(
+            OCTAVE * 0.5 * np.log2(_shaped_variance(variance, weight + recipe.usual_step / OCTAVE, factors))
+        ).astype(np.int16),
         np.rint(OCTAVE * weight).astype(np.int16),
         np.concatenate([_below(shaping) for shaping, _ in factors]).astype(np.float16),
     )
@@ -121,6 +124,28 @@ def _factors(
     lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
     pivots = np.diagonal(lower, axis1=1, axis2=2)
     return (lower / pivots[:, None])[:, ::-1, ::-1].transpose(0, 2, 1), (pivots**2)[:, ::-1]
+
+
+def _shaped_variance(
+    variance: Float64[np.ndarray, " channels"],
+    octaves: Float64[np.ndarray, " channels"],
+    factors: Sequence[tuple[Float64[np.ndarray, "..."], Float64[np.ndarray, "..."]]],
+) -> Float64[np.ndarray, " channels"]:
+    """What is rounded varies more than the channel: by the errors before it, at steps of these octaves.
+
+    An error is that of a step, step**2 / 12, until the step is so coarse that the number itself is lost.
+    """
+    found, at = [], 0
+    for shaping, felt in factors:
+        own = variance[at : at + felt.size].reshape(felt.shape)
+        lost = 4.0 ** octaves[at : at + felt.size].reshape(felt.shape) / 12
+        total = own.copy()
+        for place in range(1, felt.shape[1]):
+            errors = np.minimum(lost, total)[:, :place]
+            total[:, place] += (shaping[:, place, :place] ** 2 * errors).sum(axis=1)
+        found.append(total.ravel())
+        at += felt.size
+    return np.concatenate(found)
 
 
 def _below(matrices: Float64[np.ndarray, "heads dim dim"]) -> Float64[np.ndarray, " entries"]:
