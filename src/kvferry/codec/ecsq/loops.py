@@ -64,17 +64,17 @@ def symbols(block, tokens, mean, inverse, reach, place_of, out, beyond):  # noqa
                     to[index] = tile[index, place]
 
 
-def values(out, tokens, symbols, place_of, reach, centre, step, mean, escaped):  # noqa: ANN001, ANN201
+def values(out, tokens, symbols, place_of, reach, centre1, centre2, centre3, step, mean, escaped):  # noqa: ANN001, ANN201
     """Write the numbers of `tokens` from the symbols in their channels' rows; mark rows that hold an escape.
 
-    `centre` is `[magnitude 1 to 3, channel]`. A silent channel, whose place is -1, is its mean.
+    Magnitudes 1 to 3 have centres of their own. A silent channel, whose place is -1, is its mean.
     """
     heads, _, dim = out.shape
     tile = np.empty((len(tokens), dim), np.uint8)
     for head in range(heads):
         one = slice(head * dim, head * dim + dim)
         middle, by, reaches, places = mean[one], step[one], reach[one], place_of[one]
-        first, second, third = centre[0, one], centre[1, one], centre[2, one]
+        first, second, third = centre1[one], centre2[one], centre3[one]
         for place in range(dim):
             if places[place] < 0:
                 tile[:, place] = np.uint8(reaches[place])

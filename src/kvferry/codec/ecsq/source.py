@@ -122,21 +122,13 @@ def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> Bool
     """Write the numbers of rows without raw bits; returns which of the rows that are sent have some."""
     slow = quantised.level - LOWEST >= N_TABLES
     table = np.clip(quantised.level - LOWEST, 0, N_TABLES - 1)
-    reach, centres = tables().reach.astype(np.float32)[table], tables().centroid.T[1:, table]
     place, step, mean = quantised.places(quantised.sent), step_size(quantised.exponent), quantised.mean
-    kernel = compiled(loops.values)
+    reach, centres = tables().reach.astype(np.float32)[table], tables().centroid[:, 1:]
+    # One array each, numbers side by side, or the loops are not compiled to work on many at once.
+    first, second, third = (np.ascontiguousarray(centres[:, i])[table] for i in range(3))
+    each = (place, reach, first, second, third, step, mean, slow)
     for block, held, rows in quantised.part.row_groups():
-        kernel(
-            arrays(block),
-            held,
-            symbols,
-            place[rows],
-            reach[rows],
-            centres[:, rows],
-            step[rows],
-            mean[rows],
-            slow[rows],
-        )
+        compiled(loops.values)(arrays(block), held, symbols, *(numbers[rows] for numbers in each))
     return slow[quantised.sent]
 
 
