@@ -55,7 +55,7 @@ bench: $(READY) ## the demo for every shipped aligner: bench/PAIR.json and a rep
 bench-wire: $(READY) ## codecs of ours and of others side by side: bench/wire.json and bench/wire.svg
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@mkdir -p bench
-	$(BIN)/kvferry bench wire --json bench/wire.json --plot bench/wire.svg
+	$(BIN)/kvferry bench wire --json bench/wire.json --plot bench/wire.svg --page bench/wire.md
 
 clean: ## remove what was built, the .venv too
 	rm -rf .venv site bench dist .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ Rule 2: families are compared at the baseline's own KL, the one that its native 
 """
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,13 +47,10 @@ def _between(low: tuple[float, float], high: tuple[float, float], kl: float) -> 
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Of the values that there are; None without any.
+    """None where a value is missing, or all are: what is left would be a choice.
 
-    >>> median([0.5, None, 0.7])
-    0.6
+    >>> median([0.5, 0.7, 0.6]), median([0.5, None, 0.7])
+    (0.6, None)
     """
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return None
-    middle = len(known) // 2
-    return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
+    known = list(values)
+    return None if not known or None in known else statistics.median(v for v in known if v is not None)

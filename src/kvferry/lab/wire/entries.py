@@ -9,8 +9,8 @@ from kvferry.lab.wire.peers.peer import Label, Peer
 from kvferry.lab.wire.peers.table import installed_peers
 from kvferry.spec import read_call
 
-STEPS = tuple(range(-128, 161, 32))
-"""Steps 2^(i/64) of the entropy-coded codec, from a quarter of a deviation to five and a half, in half octaves."""
+STEPS = tuple(range(-192, 161, 32))
+"""Steps 2^(i/64) of the entropy-coded codec, from an eighth of a deviation to five and a half, in half octaves."""
 WEIGHTINGS = ("frame", "part", "layer")
 
 KNOBS = ("step", "bits")
@@ -60,8 +60,8 @@ def peer_entries(names: tuple[str, ...] | None = None) -> tuple[list[Entry], lis
 def family(label: str, codec: str, spec: str) -> str:
     """The curve that a setting is a point of: what is left of a spec of ours without its knob, or the peer.
 
-    >>> family("ours", "int", "int(bits=4, group=64, axis=token)"), family("like", "kivi", "bits=4, residual=0")
-    ('int(group=64)', 'kivi')
+    >>> family("ours", "int", "int(bits=4, group=64, axis=token)"), family("like", "turboquant", "bits=4")
+    ('int(group=64)', 'turboquant')
     """
     return brief(spec, hidden=KNOBS) if label == "ours" else codec
 

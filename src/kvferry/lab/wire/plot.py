@@ -16,7 +16,6 @@ _PEERS = {
     "centred-g64": ("#6B6B6B", "s"),
     "turboquant": ("#9A9A9A", "^"),
     "cachegen-bins": ("#9A9A9A", "v"),
-    "kivi": ("#9A9A9A", "D"),
 }
 _COLUMNS = 3
 _MAX_BITS, _KL_RANGE = 10.0, (1e-5, 1.0)

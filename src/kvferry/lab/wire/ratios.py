@@ -20,6 +20,7 @@ BASELINES = {
 MAX_KL = 0.1
 """A model whose int4-g64 is worse than this is listed, but counts in no median: its baseline is broken."""
 KL = 0.03
+N_POINTS = 3  # of a curve, at least
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ def medians(rows: list[Row]) -> Row:
 
 
 def curves(points: list[Measured], model: str, tokens: int) -> dict[str, Curve]:
-    """Every family with more than one setting, on one model at one length."""
+    """Every family with enough settings, on one model at one length."""
     found: dict[str, list[tuple[float, float]]] = {}
     for point in _at(points, model, tokens):
         found.setdefault(point.family, []).append((point.bits, point.kl))
-    return {family: Curve.of(pairs) for family, pairs in found.items() if len(pairs) > 1}
+    return {family: Curve.of(pairs) for family, pairs in found.items() if len(pairs) >= N_POINTS}
 
 
 def natives(points: list[Measured], model: str, tokens: int) -> dict[str, Measured]:

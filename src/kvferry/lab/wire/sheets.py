@@ -40,8 +40,10 @@ def sheets(result: WireResult) -> list[Sheet]:
     points = measured(result)
     lengths = sorted({point.tokens for point in points}, reverse=True)
     ratios = [ratio_sheet(rows(points, result.counted), tokens) for tokens in lengths]
-    bits = [bits_sheet(points, tokens) for tokens in lengths]
-    return [*ratios, *bits, native_sheet(points, result.settings.tokens[0]), *speed_sheets(result)]
+    halves = [[p for p in points if (p.model in result.counted) == counted] for counted in (True, False)]
+    bits = [bits_sheet(half, tokens) for tokens in lengths for half in halves]
+    natives = [native_sheet(half, result.settings.tokens[0]) for half in halves]
+    return [*ratios, *(sheet for sheet in (*bits, *natives) if sheet.cells), *speed_sheets(result)]
 
 
 def ratio_sheet(found: list[Row], tokens: int) -> Sheet:
@@ -93,7 +95,7 @@ def _ratio_cells(row: Row) -> Cells:
     int4 = row.natives.get("int4-g64")
     return (
         f"  {row.model}" if row.counted else f"  {row.model} *",
-        _number(int4.kl if int4 else None, 4),
+        f"{int4.kl:.2g}" if int4 else "–",
         *(_number(row.ratios.get(name), 2) for name in BASELINES),
         _number(row.bits_at_kl, 2),
     )
@@ -102,7 +104,7 @@ def _ratio_cells(row: Row) -> Cells:
 def _native_cells(points: list[Measured], setting: tuple[str, str, str], models: list[str]) -> Cells:
     own = {point.model: point for point in points if (point.label, point.codec, point.spec) == setting}
     bits = median(point.bits for point in own.values())
-    kls = (_number(own[model].kl, 4) if model in own else "" for model in models)
+    kls = (f"{own[model].kl:.2g}" if model in own else "" for model in models)
     return (_name(*setting), _number(bits, 2), *kls)
 
 

@@ -19,10 +19,9 @@ def hqq_peers() -> list[Peer]:
 
 def _peer(backend: Backend, bits: int) -> Peer:
     quantised_layer(backend, bits)  # refuse now what would fail later
-    spec = f"bits={bits}, group=64, axis=0"
     return Peer(
         f"transformers-{backend}",
-        spec,
+        f"bits={bits}",
         "real",
         partial(_encode, backend=backend, bits=bits),
         _decode,

@@ -16,7 +16,7 @@ GROUP = 32
 
 def kivi_peers() -> list[Peer]:
     return [
-        simulated("kivi", f"bits={bits}, residual={residual}", partial(_run, bits=bits, residual=residual))
+        simulated(f"kivi-r{residual}", f"bits={bits}", partial(_run, bits=bits, residual=residual))
         for residual in (0, 128)
         for bits in (2, 4)
     ]

@@ -43,7 +43,7 @@ def blosc2_peers() -> list[Peer]:
         return _layers(blosc2.decompress(parts[0]), parts[1])
 
     blosc2.set_nthreads(1)
-    return [Peer("blosc2", "bfloat16, shuffle, zstd 1", "real", encode, decode, timed=True)]
+    return [Peer("blosc2", "shuffle, zstd 1", "real", encode, decode, timed=True)]
 
 
 def _module(name: str) -> Any:
