@@ -233,10 +233,10 @@ def test_the_table_fits_a_terminal(result: DemoResult):
 
 
 def test_words_follow_the_numbers(result: DemoResult):
-    small = "even the int4 cache is"
+    small = "even the coarsest cache is"
     assert small in " ".join(summary(result))
     rows = [
-        replace(row, n_bytes={"message": 9.0 if row.arm == "kv_int4" else 1e6, "link": 0.0})
+        replace(row, n_bytes={"message": 9.0 if row.arm == "kv_ecsq_144" else 1e6, "link": 0.0})
         for row in result.rows
     ]
     assert small not in " ".join(summary(replace(result, rows=rows)))

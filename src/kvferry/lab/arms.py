@@ -21,6 +21,7 @@ World = Literal["own", "twin"]
 """The item's own text, or that of its twin."""
 
 INT8, INT4, RAW = "int(bits=8)", "int(bits=4)", "raw(dtype=float16)"
+ECSQ_STEPS = (64, 104, 144)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Arm:
-    """`codec` codes the caches, None where text is sent; `world` is the one that the message tells of, if any."""
+    """`codec` codes the caches, None where text is sent; `{model}` in it is the sender's name. `world` is the one that
+    the message tells of, if any."""
 
     name: str
     family: Family
@@ -46,7 +48,7 @@ class Arm:
 
     def sender(self, model: Sender) -> Sender:
         """The sender as this arm needs it."""
-        return model if self.codec is None else model.with_codec(self.codec)
+        return model if self.codec is None else model.with_codec(self.codec.format(model=model.model.name))
 
     def recipe(self, sender: Sender) -> str:
         """What is sent, in one line: `source | codec` for caches."""
@@ -103,6 +105,13 @@ def _cache(name: str, codec: str, meaning: str) -> Arm:
     return Arm(name, "cache", cache, "cache", codec, world="own", meaning=meaning)
 
 
+def _ecsq(step: int) -> Arm:
+    codec = f"ecsq(step={step}, profile={{model}})"
+    return _cache(
+        f"kv_ecsq_{step}", codec, f"the sender's cache, entropy coded at step {step} with its profile"
+    )
+
+
 ARMS: tuple[Arm, ...] = (
     Arm(
         "receiver_only",
@@ -119,6 +128,7 @@ ARMS: tuple[Arm, ...] = (
     _cache("kv_raw", RAW, "the sender's cache in 16-bit floats"),
     _cache("kv_int8", INT8, "the sender's cache in 8-bit integers"),
     _cache("kv_int4", INT4, "the sender's cache in 4-bit integers"),
+    *(_ecsq(step) for step in ECSQ_STEPS),
     Arm(
         "kv_zeroed", "control", zeroed_cache, "zeros", INT8, None, "zeros for numbers: does any message help?"
     ),

@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvferry.lab.arms import ECSQ_STEPS
 from kvferry.lab.run import Score
 from kvferry.metrics.paired import Interval, Verdict, paired
 
-_CACHES = ("kv_raw", "kv_int8", "kv_int4")
+_CACHES = ("kv_raw", "kv_int8", "kv_int4", *(f"kv_ecsq_{step}" for step in ECSQ_STEPS))
 PAIRS: tuple[tuple[str, str], ...] = (
     *((arm, "text_full") for arm in _CACHES),
     *((arm, control) for arm in _CACHES for control in ("receiver_only", "kv_zeroed", "kv_mean")),
     ("kv_int4", "kv_int8"),
     ("kv_int8", "kv_raw"),
+    *((f"kv_ecsq_{step}", "kv_int8") for step in ECSQ_STEPS),
     ("kv_int8", "text_at_64"),
     ("kv_int4", "text_at_64"),
     ("kv_int8", "sender_alone"),

@@ -1,6 +1,6 @@
 """A demo's result in plain words; every number comes from the result."""
 
-from kvferry.lab.arms import ARMS
+from kvferry.lab.arms import ARMS, ECSQ_STEPS
 from kvferry.lab.demo import DemoResult
 from kvferry.lab.point import Point
 
@@ -37,18 +37,18 @@ def _accuracy(result: DemoResult) -> str:
 
 
 def _size(result: DemoResult) -> str:
-    text, packed, int8, int4 = (
-        _bytes(result, arm) for arm in ("text_full", "text_zstd", "kv_int8", "kv_int4")
-    )
-    ratio = int4 / min(text, packed)
+    arms = ("text_full", "text_zstd", "kv_int8", "kv_int4", f"kv_ecsq_{ECSQ_STEPS[-1]}")
+    text, packed, int8, int4, ecsq = (_bytes(result, arm) for arm in arms)
+    ratio = ecsq / min(text, packed)
     comparison = (
-        f"text is far smaller: even the int4 cache is {ratio:.0f} times larger"
+        f"text is far smaller: even the coarsest cache is {ratio:.0f} times larger"
         if ratio > 1
         else "text is larger"
     )
     return (
         f"In bytes {comparison}. One context as a message takes {text:,.0f} bytes as text, {packed:,.0f} as zstd, "
-        f"{int8:,.0f} as int8 cache and {int4:,.0f} as int4 cache. Who counts bytes alone should send text."
+        f"{int8:,.0f} as int8 cache, {int4:,.0f} as int4 cache and {ecsq:,.0f} as the coarsest ecsq cache. "
+        f"Who counts bytes alone should send text."
     )
 
 
