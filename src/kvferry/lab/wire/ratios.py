@@ -1,6 +1,6 @@
 """What the points say: bits of our families at each baseline's own quality, per model, and medians."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvferry.lab.point import Point
 from kvferry.lab.wire.bench import WireResult
@@ -35,17 +35,20 @@ class Measured:
     tokens: int
     bits: float
     kl: float
+    gap_kl: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family on one model at one length. `ratios`: by baseline, None where the curve does not reach its KL."""
+    """One family on one model at one length. `ratios`: by baseline, None where the curve does not reach its KL;
+    `gap_ratio`: to int4-g64, where both are judged by the tokens after a gap."""
 
     family: str
     model: str
     tokens: int
     natives: dict[str, Measured]
     ratios: dict[str, float | None]
+    gap_ratio: float | None
     bits_at_kl: float | None
     counted: bool
 
@@ -67,9 +70,15 @@ def medians(rows: list[Row]) -> Row:
     """Of the rows that count, of one family and length."""
     good = [row for row in rows if row.counted]
     ratios = {name: median(row.ratios.get(name) for row in good) for name in BASELINES}
-    name = f"median of {len(good)}"
     return Row(
-        rows[0].family, name, rows[0].tokens, {}, ratios, median(row.bits_at_kl for row in good), bool(good)
+        rows[0].family,
+        f"median of {len(good)}",
+        rows[0].tokens,
+        {},
+        ratios,
+        median(row.gap_ratio for row in good),
+        median(row.bits_at_kl for row in good),
+        counted=bool(good),
     )
 
 
@@ -94,7 +103,15 @@ def _row(points: list[Measured], family: str, model: str, tokens: int, counted: 
     found = natives(points, model, tokens)
     ratios = {name: curve.ratio_to(native.bits, native.kl) for name, native in found.items()}
     counts = model in counted and "int4-g64" in found and found["int4-g64"].kl < MAX_KL
-    return Row(family, model, tokens, found, ratios, curve.bits_at(KL), counts)
+    gap = _gap_ratio(points, family, model, tokens)
+    return Row(family, model, tokens, found, ratios, gap, curve.bits_at(KL), counts)
+
+
+def _gap_ratio(points: list[Measured], family: str, model: str, tokens: int) -> float | None:
+    later = [replace(point, kl=point.gap_kl) for point in points if point.gap_kl is not None]
+    curve = curves(later, model, tokens).get(family)
+    int4 = natives(later, model, tokens).get("int4-g64")
+    return None if curve is None or int4 is None else curve.ratio_to(int4.bits, int4.kl)
 
 
 def _at(points: list[Measured], model: str, tokens: int) -> list[Measured]:
@@ -114,4 +131,5 @@ def _measured(point: Point) -> Measured:
         tokens=int(recipe["tokens"]),
         bits=float(bits or 0.0),
         kl=float(kl or 0.0),
+        gap_kl=point.metrics["gap_kl"],
     )

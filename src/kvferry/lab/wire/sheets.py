@@ -12,10 +12,11 @@ from kvferry.lab.wire.ratios import BASELINES, KL, MAX_KL, Measured, Row, curves
 
 Cells = tuple[str, ...]
 
-_RATIO_COLUMNS = ("", "int4 KL", "/int4", "/centred", "/CacheGen", "/tight", f"bits at {KL:g}")
+_RATIO_COLUMNS = ("", "int4 KL", "/int4", "gap", "/centred", "/CacheGen", "/tight", f"bits at {KL:g}")
 _RATIO_LEGEND = (
     "/int4: bits over those of int4-g64, at the KL(clean || coded) that int4-g64 has itself, log-interpolated; "
-    "/centred: centred int4-g64; /CacheGen: as shipped; /tight: its tables only as wide as each layer needs; "
+    "gap: the same, judged by tokens after a gap; /centred: centred int4-g64; /CacheGen: as shipped; "
+    "/tight: CacheGen with tables only as wide as each layer needs; "
     f"* in no median: not pretrained, or int4-g64 above {MAX_KL:g} nats"
 )
 _SPEED_COLUMNS = ("", "bits", "encode", "%", "decode", "%", "peak MB")
@@ -92,11 +93,14 @@ def _family_cells(family: list[Row]) -> Iterator[Cells]:
 
 
 def _ratio_cells(row: Row) -> Cells:
-    int4 = row.natives.get("int4-g64")
+    first, *others = BASELINES
+    int4 = row.natives.get(first)
     return (
         f"  {row.model}" if row.counted else f"  {row.model} *",
         f"{int4.kl:.2g}" if int4 else "–",
-        *(_number(row.ratios.get(name), 2) for name in BASELINES),
+        _number(row.ratios.get(first), 2),
+        _number(row.gap_ratio, 2),
+        *(_number(row.ratios.get(name), 2) for name in others),
         _number(row.bits_at_kl, 2),
     )
 
