@@ -293,17 +293,34 @@ def test_a_short_header_has_no_prefix():
         unpack_prefix(pack(text_frame("hi"))[: HEADER_BYTES - 1])
 
 
-def test_the_example_of_the_format_page():
+def examples() -> list[bytes]:
+    """The whole messages of the page."""
     blocks = re.findall(r"```hex\n(.*?)```", FORMAT.read_text(), re.DOTALL)
-    rows = [line.split("  ")[0] for line in "".join(blocks).splitlines()]
+    return [bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines())) for block in blocks]
+
+
+def test_the_example_of_the_format_page():
     kv = contract.cache(((1, 2, 2),), n_tokens=1)
     kv.groups[0].keys[:] = kv.groups[0].keys.new_tensor([1.0, -0.5])
     kv.groups[0].values[:] = kv.groups[0].values.new_tensor([0.0, 7.0])
     frame = CODECS.parse("int(4)").encode(kv)
     data = pack(frame)
     assert pack(replace(frame, short=True))[:24].hex(" ") in FORMAT.read_text()
-    assert bytes.fromhex("".join(rows)).hex(" ") == data.hex(" ")
+    assert examples()[0].hex(" ") == data.hex(" ")
     assert decode(unpack(data), kv.geometry).groups[0].values.flatten().tolist() == [0.0, 7.0]
+
+
+def test_the_example_under_ecsq():
+    kv = contract.cache(((1, 2, 1),), n_tokens=4)
+    keys, values = kv.groups[0].keys, kv.groups[0].values
+    keys[0, 0, 0] = keys.new_tensor([[1.0, 0.5], [2.0, 0.5], [0.0, 0.5], [1.0, 0.5]])
+    values[0, 0, 0] = values.new_tensor([[0.0], [3.0], [-1.0], [6.0]])
+    data = pack(CODECS.parse("ecsq(step=-192, weighting=part)").encode(kv))
+    assert examples()[1].hex(" ") == data.hex(" ")
+    came = decode(unpack(data), kv.geometry).groups[0]
+    text = FORMAT.read_text()
+    for numbers in (came.keys[0, 0, 0, :, 0], came.values.flatten()):
+        assert ", ".join(np.format_float_positional(x, trim="-") for x in numbers.numpy()) in text
 
 
 def test_the_parts_on_the_format_page():

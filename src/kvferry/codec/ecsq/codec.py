@@ -96,6 +96,8 @@ class Ecsq(Codec):
         own = self._profile is None
         uses = Uses(step=True, classes=True, weights=own, profile_hash=self.profile_hash)
         manifest = read_manifest(frame, geometry, limits, uses)
+        if manifest.space not in self.spaces:
+            raise Malformed(f"{manifest.space} keys under {self.name}", cure="Send content keys")
         scheme = self._profiled(geometry) or self._as_sent(frame.body(SegmentType.WEIGHTS), geometry)
         parts, bodies = parts_of(manifest), frame.bodies(SegmentType.PAYLOAD)
         if [bool(part.blocks) for part in parts] != [bool(body) for body in bodies]:

@@ -49,12 +49,13 @@ def write_weights(weights: Sequence[int]) -> bytes:
 
 
 def read_weights(body: bytes | None, n_layers: int, weighting: Weighting) -> list[int]:
-    """The inverse; `Malformed` for another number of weights, or one beyond 1024."""
+    """The inverse; `Malformed` for another number of weights, one beyond 1024, or one with needless bytes."""
     weights = unzigzag(read_varints(body or b""))
     wanted = _count(n_layers, weighting)
-    if len(weights) != wanted or np.abs(weights).max(initial=0) > _LARGEST:
+    short = write_weights(weights.tolist()) == body
+    if not short or len(weights) != wanted or np.abs(weights).max(initial=0) > _LARGEST:
         what = f"{len(weights)} weights of at most {np.abs(weights).max(initial=0)}"
-        raise Malformed(what, cure=f"Write {wanted} within {_LARGEST}")
+        raise Malformed(what, cure=f"Write {wanted} within {_LARGEST}, each in its shortest form")
     return weights.tolist()
 
 
