@@ -38,6 +38,7 @@ KV_GOLDENS = {
         ("small", SPECS),
         ("long", [*ENTROPY_CODED, *SQUEEZED, profiled(64, "long")]),
         ("classes", [*ENTROPY_CODED, profiled(-150, "classes")]),
+        ("wide", ENTROPY_CODED[1:2]),
     )
     for spec in specs
 }

@@ -11,6 +11,7 @@ from kvferry.kv import KV, Group, Plan
 
 SMALL = ((2, 4, 6), (1, 3, 3), (2, 4, 6))
 LONG = ((2, 3, 2),)
+WIDE = ((2, 12, 12),)
 
 
 def small() -> tuple[KV, Plan]:
@@ -38,7 +39,18 @@ def classes() -> tuple[KV, Plan]:
     return kv, plan
 
 
-CACHES: dict[str, Callable[[], tuple[KV, Plan]]] = {"small": small, "long": long, "classes": classes}
+def wide() -> tuple[KV, Plan]:
+    """Enough numbers for several lanes of the entropy coder."""
+    kv = _filled(contract.cache(WIDE, n_tokens=70))
+    return kv, Plan.everything(kv)
+
+
+CACHES: dict[str, Callable[[], tuple[KV, Plan]]] = {
+    "small": small,
+    "long": long,
+    "classes": classes,
+    "wide": wide,
+}
 
 
 def _filled(kv: KV) -> KV:
