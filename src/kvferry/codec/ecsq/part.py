@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from kvferry.codec.ecsq.side import HEAD_BYTES, Side, read_heads, read_side, write_side
-from kvferry.codec.entropy.rans import MAX_LANE_BITS, Decoder, Run, encode, lane_count
+from kvferry.codec.entropy.rans import MAX_LANE_BITS, Decoder, encode, lane_count
 from kvferry.codec.entropy.rawbits import BitReader, write_bits
-from kvferry.codec.entropy.symbols import Raw, Rows, cost_bits, join, split
+from kvferry.codec.entropy.symbols import Raw, Rows, cost_bits, expected_bits, join, split
 from kvferry.errors import Malformed
 from kvferry.wire.varint import read_varint, write_varint
 
@@ -25,10 +25,8 @@ class Coded:
     """The symbols of a part, before they are entropy coded."""
 
     head: bytes
-    runs: list[tuple[Run, Symbols]]
+    runs: list[tuple[Rows, Symbols]]
     raw: Raw
-    bits: float
-    """Ideal length of the runs."""
 
     @property
     def n_bytes(self) -> int:
@@ -36,33 +34,36 @@ class Coded:
         if not self.runs:
             return 0
         raw = -(-int(self.raw.widths.sum()) // 8)
-        coded = self.bits / 8
-        return len(self.head) + 2 + (raw >> 7 > 0) + raw + round(coded) + 3 * lane_count(int(coded)) + 1
+        coded = sum(cost_bits(symbols, rows) for rows, symbols in self.runs) / 8
+        return len(self.head) + 2 + (raw >> 7 > 0) + raw + round(coded) + 3 * self._n_lanes + 1
 
     def body(self) -> bytes:
         """The bytes of the segment; none if there is nothing to code."""
         if not self.runs:
             return b""
         raw = write_bits(self.raw.values, self.raw.widths)
-        n_lanes = lane_count(int(self.bits / 8))
-        start = bytes([n_lanes.bit_length() - 1]) + write_varint(len(raw)) + self.head
-        return start + encode(self.runs, n_lanes) + raw
+        start = bytes([self._n_lanes.bit_length() - 1]) + write_varint(len(raw)) + self.head
+        return start + encode([(rows.run, symbols) for rows, symbols in self.runs], self._n_lanes) + raw
+
+    @property
+    def _n_lanes(self) -> int:
+        """For the length that the tables promise, which is known without looking at the symbols."""
+        return lane_count(sum(expected_bits(rows) for rows, _ in self.runs) // 8)
 
 
 def code_part(side: Side | None, rows: Rows, symbols: Symbols, raw: Raw) -> Coded:
     """A part from the symbols of its rows; `side` None where a profile says it all."""
-    head, runs, bits, raws = b"", [(rows.run, symbols)], cost_bits(symbols, rows), [raw]
+    head, runs, raws = b"", [(rows, symbols)], [raw]
     if side is not None:
         head, numbers, side_rows = write_side(side)
         side_symbols, side_raw = split(numbers, side_rows)
-        runs.insert(0, (side_rows.run, side_symbols))
+        runs.insert(0, (side_rows, side_symbols))
         raws.insert(0, side_raw)
-        bits += cost_bits(side_symbols, side_rows)
     values, widths = (np.concatenate([getattr(one, name) for one in raws]) for name in ("values", "widths"))
-    return Coded(head, runs, Raw(values, widths), bits)
+    return Coded(head, runs, Raw(values, widths))
 
 
-NOTHING = Coded(b"", [], Raw(np.zeros(0, np.int64), np.zeros(0, np.int64)), 0.0)
+NOTHING = Coded(b"", [], Raw(np.zeros(0, np.int64), np.zeros(0, np.int64)))
 
 
 class PartReader:

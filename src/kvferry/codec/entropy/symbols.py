@@ -116,3 +116,8 @@ def cost_bits(symbols: UInt8[np.ndarray, " n"], rows: Rows) -> float:
         run = rows.run.merged
         return float(compiled(loops.cost)(symbols, run.table, run.lengths, tables().cost)) / COST_UNIT
     return float(tables().cost[rows.run.tables(), symbols].sum()) / COST_UNIT
+
+
+def expected_bits(rows: Rows) -> int:
+    """What the tables expect for rows of these lengths, without what travels raw."""
+    return int((tables().entropy[rows.table] * rows.lengths).sum()) // COST_UNIT

@@ -40,6 +40,8 @@ class Tables:
     lookup: UInt8[np.ndarray, "tables slots"]
     """The symbol of each of the 2**14 slots."""
     cost: Int64[np.ndarray, "tables symbols"]
+    entropy: Int64[np.ndarray, " tables"]
+    """The mean cost of a symbol."""
     centroid: Float32[np.ndarray, "tables magnitudes"]
     interval: UInt32[np.ndarray, "tables symbols"]
     """Frequency, and start in the upper 16 bits."""
@@ -60,12 +62,14 @@ def tables() -> Tables:
     used = np.arange(_WIDTH) < (2 * reach + 2)[:, None]
     frequency[used] = data[: used.sum()]
     start = (np.cumsum(frequency, axis=1) - frequency).astype(np.uint32)
+    cost = np.rint(COST_UNIT * (PRECISION_BITS - np.log2(np.maximum(frequency, 1)))).astype(np.int64)
     return Tables(
         reach,
         frequency,
         start,
         np.stack([np.repeat(np.arange(_WIDTH, dtype=np.uint8), row) for row in frequency]),
-        np.rint(COST_UNIT * (PRECISION_BITS - np.log2(np.maximum(frequency, 1)))).astype(np.int64),
+        cost,
+        (frequency * cost).sum(axis=1) // TOTAL,
         (data[used.sum() :].reshape(N_TABLES, N_CENTROIDS) / 2**14).astype(np.float32),
         start << np.uint32(16) | frequency,
         -(-(1 << INVERSE_BITS) // np.maximum(frequency, 1).astype(np.int64)).astype(np.uint64),
