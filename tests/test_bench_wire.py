@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kvferry.cli import app
 from kvferry.errors import FolderError, UsageError
 from kvferry.lab.wire import profiles, texts
-from kvferry.lab.wire.bench import LENGTHS, wanted
+from kvferry.lab.wire.bench import Settings, lengths, run_bench
 from kvferry.lab.wire.coding import through_codec
 from kvferry.lab.wire.curve import Curve
 from kvferry.lab.wire.entries import STEPS, family, own_entries, profile_entries
@@ -88,12 +88,19 @@ def test_the_gap_needs_room(model: Model):
     short = replace(model, geometry=replace(model.geometry, max_positions=TOKENS + N_SUFFIX))
     subject = make_subject(short, TOKENS, 1)
     assert measure(subject, subject.rotated).gap_kl is None
-    assert not wanted(short, TOKENS + 1)
 
 
-def test_the_longest_length_is_for_contexts_of_256(model: Model):
-    assert not wanted(model, max(LENGTHS))
-    assert wanted(replace(model, geometry=replace(model.geometry, max_positions=256)), max(LENGTHS))
+def test_192_tokens_are_for_contexts_of_256(model: Model):
+    small = replace(model, geometry=replace(model.geometry, max_positions=256))
+    assert lengths(Settings(("llama",)), model) == [128, 32]
+    assert lengths(Settings(("llama",)), small) == [128, 32, 192]
+    assert lengths(Settings(("llama",), tokens=(200, 16)), small) == [16]
+
+
+def test_lengths_that_fit_nowhere_are_refused():
+    settings = Settings(("llama",), tokens=(1_000,), codecs=(), peers=(), repeats=0)
+    with pytest.raises(UsageError, match="1000"):
+        run_bench(settings)
 
 
 # Text

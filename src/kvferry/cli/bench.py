@@ -42,12 +42,12 @@ def bench_wire(
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.")] = None,
 ) -> None:
     """What our codecs and others cost in bits, spoil in predictions, and how fast they are."""
-    from kvferry.lab.wire.bench import LENGTHS, N_MESSAGES, QUICK_MESSAGES, Settings, default_models
+    from kvferry.lab.wire.bench import N_MESSAGES, QUICK_MESSAGES, Settings, default_models
 
     names, missing = (tuple(models), []) if models else default_models()
     settings = Settings(
         models=names,
-        tokens=tuple(tokens) if tokens else LENGTHS,
+        tokens=tuple(tokens) if tokens else None,
         n_messages=messages or (QUICK_MESSAGES if quick else N_MESSAGES),
         codecs=_parts(codecs, ";"),
         peers=_parts(peers, ","),

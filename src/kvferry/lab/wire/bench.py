@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
+from kvferry.errors import UsageError
 from kvferry.lab.point import Point, commit, machine, versions
 from kvferry.lab.wire.entries import STEPS, Entry, default_specs, own_entries, peer_entries, profile_entries
 from kvferry.lab.wire.peers.table import installed_peers
@@ -36,7 +37,7 @@ class Settings:
     """What to measure; None stands for all. `repeats`: of each timing, 0 for none."""
 
     models: tuple[str, ...]
-    tokens: tuple[int, ...] = LENGTHS
+    tokens: tuple[int, ...] | None = None
     n_messages: int = N_MESSAGES
     codecs: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
@@ -69,12 +70,14 @@ def default_models() -> tuple[tuple[str, ...], list[str]]:
 def n_parts(settings: Settings) -> int:
     """How often `on_part` is called, at most."""
     n_timed = len(_timed(settings)) * len(GEOMETRIES) if settings.repeats else 0
-    return len(settings.models) * len(settings.tokens) * _n_entries(settings) + n_timed
+    return len(settings.models) * len(settings.tokens or LENGTHS) * _n_entries(settings) + n_timed
 
 
 def forecast_s(settings: Settings) -> float:
     """Roughly how long it will take."""
-    n_subjects = len(settings.models) * len(settings.tokens) * 0.8  # not every length fits every model
+    n_subjects = (
+        len(settings.models) * len(settings.tokens or LENGTHS) * 0.8
+    )  # not every length fits every model
     per_entry = _S_PER_ENTRY * settings.n_messages / N_MESSAGES
     n_timed = len(_timed(settings)) * len(GEOMETRIES)
     return n_subjects * _n_entries(settings) * per_entry + n_timed * settings.repeats * _S_PER_TIMED
@@ -86,6 +89,9 @@ def run_bench(settings: Settings, on_part: OnPart = lambda what: None) -> WireRe
     entries, missing = _entries(settings)
     with one_thread():
         points = list(_quality_points(settings, entries, on_part))
+        if not points:
+            cure = f"A cache and {N_SUFFIX} tokens after it must fit: give fewer --tokens"
+            raise UsageError(f"{settings.tokens} tokens fit no model's context", cure=cure)
         points += list(_speed_points(settings, on_part))
     named = replace(settings, models=tuple(map(public_name, settings.models)))
     counted = [public_name(name) for name in settings.models if name not in zoo_names()]
@@ -110,17 +116,18 @@ def _timed(settings: Settings) -> list[Timed]:
     return [*map(timed_codec, specs), *map(timed_peer, peers)]
 
 
-def wanted(model: Model, tokens: int) -> bool:
-    """192 tokens are for models whose context is 256, where longer ones have no room; others have 128 and 32."""
+def lengths(settings: Settings, model: Model) -> list[int]:
+    """What was asked for and fits; else 128 and 32 tokens, and 192 where the context is 256 and nothing longer fits."""
     small = model.geometry.max_positions == _SMALL_CONTEXT
-    return fits(model, tokens) and (small or tokens != max(LENGTHS))
+    default = LENGTHS if small else LENGTHS[:2]
+    return [tokens for tokens in settings.tokens or default if fits(model, tokens)]
 
 
 def _quality_points(settings: Settings, entries: list[Entry], on_part: OnPart) -> Iterator[Point]:
     for name in settings.models:
         model, public = load(name, dtype="float32", device="cpu"), public_name(name)
         profiled = profile_entries(profile_name(model)) if settings.codecs is None else []
-        for tokens in (tokens for tokens in settings.tokens if wanted(model, tokens)):
+        for tokens in lengths(settings, model):
             subject = make_subject(model, tokens, settings.n_messages)
             for entry in [*entries, *profiled]:
                 on_part(f"{public}, {tokens} tokens: {entry.codec}")

@@ -24,9 +24,7 @@ _MAX_BITS, _KL_RANGE = 10.0, (1e-5, 1.0)
 def draw(result: WireResult) -> "Figure":
     """Every family that is a curve, at the first length that was measured."""
     points = measured(result)
-    tokens = (
-        max(point.tokens for point in points) if not result.settings.tokens else result.settings.tokens[0]
-    )
+    tokens = points[0].tokens
     points = [point for point in points if point.tokens == tokens]
     models = list(dict.fromkeys(point.model for point in points))
     figure, panels = _canvas(len(models))
@@ -64,9 +62,8 @@ def _panel(axes: "Axes", points: list[Measured], model: str, tokens: int) -> Non
     own = dict.fromkeys(point.family for point in points if point.label == "ours")
     ours = [family for family in own if family in found]
     for family, curve in found.items():
-        bits, kls = zip(
-            *((b, max(kl, _KL_RANGE[0])) for b, kl in curve.points if b <= _MAX_BITS), strict=True
-        )
+        shown = [(bits, max(kl, _KL_RANGE[0])) for bits, kl in curve.points if bits <= _MAX_BITS]
+        bits, kls = [x for x, _ in shown], [y for _, y in shown]
         if family in ours:
             axes.plot(bits, kls, color=_OURS[ours.index(family) % len(_OURS)], linewidth=1.8, label=family)
         elif family in _PEERS:

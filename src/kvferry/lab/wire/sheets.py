@@ -43,7 +43,7 @@ def sheets(result: WireResult) -> list[Sheet]:
     ratios = [ratio_sheet(rows(points, result.counted), tokens) for tokens in lengths]
     halves = [[p for p in points if (p.model in result.counted) == counted] for counted in (True, False)]
     bits = [bits_sheet(half, tokens) for tokens in lengths for half in halves]
-    natives = [native_sheet(half, result.settings.tokens[0]) for half in halves]
+    natives = [native_sheet(half, points[0].tokens) for half in halves]
     return [*ratios, *(sheet for sheet in (*bits, *natives) if sheet.cells), *speed_sheets(result)]
 
 
