@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 import contract
 from kvferry.cli import app
 from kvferry.codec import CODECS
-from kvferry.codec.estimate import estimate
+from kvferry.codec.ecsq import Ecsq
+from kvferry.codec.estimate import Estimate, estimate
 from kvferry.errors import UsageError
 from kvferry.lab.drift import MAX_DRIFT, contexts, drifts
 from kvferry.session.sender import Sender
 from kvferry.wire import SegmentType
+from profiles import held_profile
 from specs import SPECS
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,9 +30,26 @@ def sender() -> Sender:
 def test_the_formula_is_the_payload(spec):
     codec, kv = CODECS.parse(spec), contract.cache(contract.RAGGED)
     found = estimate(codec, kv)
-    if found is not None:
+    if codec.name != "ecsq":
         bodies = codec.encode(kv).bodies(SegmentType.PAYLOAD)
         assert found.payload + found.scales == sum(len(body) for body in bodies)
+
+
+@pytest.mark.parametrize("step", [-500, -64, 200])
+@pytest.mark.parametrize("n_tokens", [1, 7, 300])
+@pytest.mark.parametrize("with_profile", [False, True])
+def test_the_ideal_of_the_entropy_coder_is_nearly_the_payload(n_tokens, step, with_profile):
+    """Beside it are two lengths, a state for each lane, and less than a byte of padding and a word for each run."""
+    kv = contract.cache(contract.RAGGED, n_tokens=n_tokens)
+    codec = Ecsq(step, profile=held_profile(kv.geometry).name if with_profile else "none")
+    found, (body,) = estimate(codec, kv), codec.encode(kv).bodies(SegmentType.PAYLOAD)
+    assert 1 < len(body) - found.payload - found.scales < 3 + 4 * (1 << body[0]) + 3
+    assert (found.scales == 0) == with_profile
+
+
+def test_the_ideal_of_nothing():
+    kv = contract.cache(n_tokens=0)
+    assert estimate(Ecsq(), kv) == Estimate(0, 0)
 
 
 def test_scales_and_means_are_counted_apart():

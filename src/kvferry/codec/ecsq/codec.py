@@ -16,12 +16,14 @@ import torch
 from jaxtyping import Int64
 
 from kvferry.codec.base import Codec, kept, spec_segment
+from kvferry.codec.ecsq.ideal import ideal
 from kvferry.codec.ecsq.layout import parts_of
 from kvferry.codec.ecsq.measured import Measured, Reads, Writes, measure_part
 from kvferry.codec.ecsq.message import Message, Written, empty_groups, read_part
 from kvferry.codec.ecsq.scheme import FromProfile, Scheme, SelfContained
 from kvferry.codec.ecsq.search import finest
 from kvferry.codec.ecsq.weights import Weighting, read_weights, weigh
+from kvferry.codec.estimate import Estimate
 from kvferry.codec.manifest import Manifest, Uses, kv_frame, manifest_of, read_manifest
 from kvferry.codec.profile import Profile
 from kvferry.codec.profiles import NONE, find_profile
@@ -75,14 +77,7 @@ class Ecsq(Codec):
         return 0 if self._profile is None else self._profile.wire_hash
 
     def encode(self, kv: KV, plan: Plan | None = None, max_bytes: int | None = None) -> Frame:
-        kv.require_space("content")
-        keep = kept(kv, plan)
-        manifest = manifest_of(kv, keep, None if plan is None else plan.classes)
-        arrays = Reads(kv, 0, np.flatnonzero(keep.any(0).cpu().numpy()))
-        measured = [measure_part(part, arrays) for part in parts_of(manifest)]
-        if not all(part.finite for part in measured):
-            replace(kv, present=keep.unsqueeze(1)).require_finite()  # names layer, head and token
-        message = self._message(manifest, measured, arrays)
+        manifest, message = self._measured(kv, plan)
 
         def build(one: Written) -> Frame:
             n_tokens, step, profile_hash = manifest.n_tokens, one.step, self.profile_hash
@@ -91,6 +86,11 @@ class Ecsq(Codec):
         if max_bytes is None:
             return build(message.at(self.step))
         return finest(self.step, MAX_STEP, max_bytes, message, build)
+
+    def estimate(self, kv: KV) -> Estimate:
+        """The ideal bytes of one sequence: numbers, and levels and means apart. Raises what `encode` does."""
+        _, message = self._measured(kv, None)
+        return ideal(message, self.step)
 
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
         own = self._profile is None
@@ -122,6 +122,17 @@ class Ecsq(Codec):
         measured = [measure_part(part, arrays) for part in parts_of(manifest)]
         self._message(manifest, measured, arrays).through(self.step, Writes(groups))
         return tuple(_spread(group, index, one.n_tokens) for group in groups)
+
+    def _measured(self, kv: KV, plan: Plan | None) -> tuple[Manifest, Message]:
+        """What is kept of one sequence, ready to be written at any step."""
+        kv.require_space("content")
+        keep = kept(kv, plan)
+        manifest = manifest_of(kv, keep, None if plan is None else plan.classes)
+        arrays = Reads(kv, 0, np.flatnonzero(keep.any(0).cpu().numpy()))
+        measured = [measure_part(part, arrays) for part in parts_of(manifest)]
+        if not all(part.finite for part in measured):
+            replace(kv, present=keep.unsqueeze(1)).require_finite()  # names layer, head and token
+        return manifest, self._message(manifest, measured, arrays)
 
     def _message(self, manifest: Manifest, measured: list[Measured], arrays: Reads) -> Message:
         scheme = self._profiled(manifest.geometry) or self._weighed(measured, manifest.geometry)
