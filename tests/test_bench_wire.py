@@ -29,6 +29,8 @@ from kvferry.lab.wire.speed import GEOMETRIES, N_NUMBERS, measure_speed, synthet
 from kvferry.lab.wire.subject import N_SUFFIX, Subject, make_subject
 from kvferry.models.load import Model, load
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine takes minutes for what needs seconds
+
 TOKENS, MESSAGES = 16, 2
 HEADS, LENGTH, DIM, N_LAYERS = 2, 64, 16, 3
 N_NUMBERS_HERE = 2 * N_LAYERS * HEADS * LENGTH * DIM
