@@ -33,6 +33,8 @@ def own_side(measured: Measured, exponent: Channels) -> Side:
 def _silent(measured: Measured, step: Float32[np.ndarray, " channels"]) -> Int64[np.ndarray, " some"]:
     """The channels whose numbers all round to 0 about the mean that a silent channel would have."""
     near = np.flatnonzero(measured.high - measured.low < 1.5 * step)
+    if not len(near):
+        return near
     one, n_tokens = step[near], measured.part.n_tokens[near]
     level = np.full_like(near, SILENT)
     units = np.rint(measured.mean[near] / mean_unit(level, one, n_tokens))

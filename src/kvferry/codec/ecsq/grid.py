@@ -7,7 +7,7 @@ Exponents are whole 64ths of an octave, levels whole quarter octaves: both ends 
 
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -44,6 +44,10 @@ class Grid:
     level: Int64[np.ndarray, " channels"]
     mean: Float32[np.ndarray, " channels"]
 
+    @cached_property
+    def step(self) -> Float32[np.ndarray, " channels"]:
+        return step_size(self.exponent)
+
     def __post_init__(self) -> None:
         highest, mean = int(self.exponent.max(initial=0)), np.abs(self.mean).max(initial=0)
         if highest > MAX_EXPONENT or not mean < _LARGEST_MEAN:
@@ -59,9 +63,8 @@ def _mantissas() -> Float32[np.ndarray, " octave"]:
 
 def _times_power(numbers: Float32[np.ndarray, " n"], octaves: Exponents) -> Float32[np.ndarray, " n"]:
     """Numbers times 2**octaves, an integer within 1000, rounded once."""
-    power = (octaves + 1023 << 52).view(
-        np.float64
-    )  # the exponent field of a double: ldexp is ten times as slow
+    # The exponent field of a double: ldexp is ten times as slow.
+    power = (octaves + 1023 << 52).view(np.float64)
     return (numbers * power).astype(np.float32)
 
 

@@ -59,7 +59,15 @@ class Part:
         return np.repeat(self.counts, self.size)
 
     @cached_property
+    def alike(self) -> bool:
+        """Whether all tokens are in class 1: rows are channels then."""
+        return all(token_class == 1 for _, _, token_class, _ in self.groups)
+
+    @cached_property
     def rows(self) -> "RowSet":
+        if self.alike:
+            channel = np.arange(self.size.sum())
+            return RowSet(channel, np.ones_like(channel), self.n_tokens)
         groups = self.groups
         size = np.array([block.n_channels for block, _, _, _ in groups], np.int64)
         first = np.cumsum(self.size) - self.size

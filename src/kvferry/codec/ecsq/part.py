@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -45,7 +46,7 @@ class Coded:
         start = bytes([self._n_lanes.bit_length() - 1]) + write_varint(len(raw)) + self.head
         return start + encode([(rows.run, symbols) for rows, symbols in self.runs], self._n_lanes) + raw
 
-    @property
+    @cached_property
     def _n_lanes(self) -> int:
         """For the length that the tables promise, which is known without looking at the symbols."""
         return lane_count(sum(expected_bits(rows) for rows, _ in self.runs) // 8)

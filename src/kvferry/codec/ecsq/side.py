@@ -32,7 +32,7 @@ class Side:
 
 def code_levels(level: Numbers, n_tokens: Numbers) -> Numbers:
     """0 for a silent channel, else its level in grains, counted from 1."""
-    return np.where(level == SILENT, 0, (level - LOWEST) // grain_of(n_tokens) + 1)
+    return np.where(level == SILENT, 0, ((level - LOWEST) >> grain_of(n_tokens) - 1) + 1)
 
 
 def write_side(side: Side) -> tuple[bytes, Numbers, Rows]:
@@ -56,12 +56,12 @@ def read_heads(data: bytes, size: Blocks) -> tuple[Blocks, Rows]:
 
 def read_side(base: Blocks, numbers: Numbers, size: Blocks, n_tokens: Blocks) -> Side:
     """The inverse of `write_side`; `Malformed` for a level that does not exist."""
-    which = np.repeat(np.tile([True, False], len(size)), np.repeat(size, 2))
-    code = numbers[which] + np.repeat(base, size)
-    highest = (MAX_LEVEL - LOWEST) // grain_of(np.repeat(n_tokens, size)) + 1
-    if ((code < 0) | (code > highest)).any():
+    rest, mean = _unbraid(numbers, size)
+    code = rest + np.repeat(base, size)
+    highest = (MAX_LEVEL - LOWEST) // grain_of(n_tokens) + 1
+    if ((code < 0) | (code > np.repeat(highest, size))).any():
         raise Malformed("the level of a channel does not exist", cure="Write it with kvferry.codec")
-    return Side(code, numbers[~which], size, n_tokens)
+    return Side(code, mean, size, n_tokens)
 
 
 def grid_of(side: Side, exponent: Numbers) -> Grid:
@@ -95,7 +95,13 @@ def _medians(numbers: Numbers, starts: Blocks, size: Blocks) -> Blocks:
 
 def _braid(first: Numbers, second: Numbers, size: Blocks) -> Int64[np.ndarray, " both"]:
     """For each block its stretch of `first`, then that of `second`."""
-    place = np.arange(len(first)) + np.repeat(np.cumsum(size) - size, size)
-    out = np.empty(2 * len(first), np.int64)
-    out[place], out[place + np.repeat(size, size)] = first, second
-    return out
+    ends = np.cumsum(size).tolist()
+    stretches = (slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
+    return np.concatenate([numbers[one] for one in stretches for numbers in (first, second)])
+
+
+def _unbraid(numbers: Int64[np.ndarray, " both"], size: Blocks) -> tuple[Numbers, Numbers]:
+    """The inverse."""
+    ends = np.cumsum(np.repeat(size, 2)).tolist()
+    stretches = [numbers[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return np.concatenate(stretches[::2]), np.concatenate(stretches[1::2])

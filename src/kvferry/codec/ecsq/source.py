@@ -38,17 +38,25 @@ class Quantised:
     @cached_property
     def level(self) -> Int64[np.ndarray, " rows"]:
         """Of each row; `SILENT` for those of a silent channel, which are not sent."""
+        if self.part.alike:
+            return self.grid.level
         rows, level = self.part.rows, self.grid.level[self.part.rows.channel]
         return np.where(level == SILENT, SILENT, class_level(level, rows.token_class))
 
     @cached_property
     def exponent(self) -> Int64[np.ndarray, " rows"]:
+        if self.part.alike:
+            return self.grid.exponent
         rows = self.part.rows
         return self.grid.exponent[rows.channel] + CLASS_EXPONENT * (rows.token_class - 1)
 
     @cached_property
+    def step(self) -> Float32[np.ndarray, " rows"]:
+        return self.grid.step if self.part.alike else step_size(self.exponent)
+
+    @cached_property
     def mean(self) -> Float32[np.ndarray, " rows"]:
-        return self.grid.mean[self.part.rows.channel]
+        return self.grid.mean if self.part.alike else self.grid.mean[self.part.rows.channel]
 
     @cached_property
     def sent(self) -> Int64[np.ndarray, " sent"]:
@@ -110,7 +118,7 @@ def _fast_symbols(quantised: Quantised, arrays: Arrays, symbols: Symbols) -> Boo
     table = quantised.level - LOWEST
     slow = table >= N_TABLES
     place = np.where(slow, -1, quantised.places(quantised.sent))
-    inverse = np.float32(1) / step_size(quantised.exponent)
+    inverse = np.float32(1) / quantised.step
     reach = tables().reach.astype(np.float32)[np.clip(table, 0, N_TABLES - 1)]
     mean, kernel = quantised.mean, compiled(loops.symbols)
     for block, held, rows in quantised.part.row_groups():
@@ -122,7 +130,7 @@ def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> Bool
     """Write the numbers of rows without raw bits; returns which of the rows that are sent have some."""
     slow = quantised.level - LOWEST >= N_TABLES
     table = np.clip(quantised.level - LOWEST, 0, N_TABLES - 1)
-    place, step, mean = quantised.places(quantised.sent), step_size(quantised.exponent), quantised.mean
+    place, step, mean = quantised.places(quantised.sent), quantised.step, quantised.mean
     reach, centres = tables().reach.astype(np.float32)[table], tables().centroid[:, 1:]
     # One array each, numbers side by side, or the loops are not compiled to work on many at once.
     first, second, third = (np.ascontiguousarray(centres[:, i])[table] for i in range(3))
@@ -163,6 +171,6 @@ def _write(quantised: Quantised, sent: Indices, numbers: Int64[np.ndarray, " n"]
             rows = group.start + some
             found = numbers[place[rows][:, None] + np.arange(len(held))]
             level = np.broadcast_to(quantised.level[rows][:, None], found.shape)
-            step, mean = step_size(quantised.exponent[rows])[:, None], quantised.mean[rows][:, None]
+            step, mean = quantised.step[rows][:, None], quantised.mean[rows][:, None]
             head, dim = np.divmod(some, block.dim)
             arrays(block)[head[:, None], held[None], dim[:, None]] = centre(found, level) * step + mean

@@ -35,7 +35,7 @@ class Rows:
     @cached_property
     def shift(self) -> Int64[np.ndarray, " rows"]:
         """Low bits of each number that travel raw."""
-        return np.maximum(0, -(-(self.level - HIGHEST) // 4))
+        return np.maximum(0, -(HIGHEST - self.level >> 2))
 
     @cached_property
     def table(self) -> UInt8[np.ndarray, " rows"]:
@@ -79,7 +79,10 @@ def level_of(
 
 def split(numbers: Numbers, rows: Rows) -> tuple[UInt8[np.ndarray, " n"], Raw]:
     """The symbols of numbers below 2**31, and their raw bits."""
-    shift, reach = rows.each(rows.shift), rows.each(tables().reach[rows.table])
+    reach = rows.each(tables().reach[rows.table])
+    if not rows.shift.any() and not (np.abs(numbers) > reach).any():
+        return (numbers + reach).astype(np.uint8), NO_RAW
+    shift = rows.each(rows.shift)
     shifted = numbers + (1 << shift >> 1)
     high = shifted >> shift
     escaped = np.abs(high) > reach
@@ -95,9 +98,12 @@ def split(numbers: Numbers, rows: Rows) -> tuple[UInt8[np.ndarray, " n"], Raw]:
 
 def join(symbols: UInt8[np.ndarray, " n"], rows: Rows, reader: BitReader) -> Numbers:
     """The inverse of `split`; `Malformed` if the raw bits do not suffice."""
-    shift, reach = rows.each(rows.shift), rows.each(tables().reach[rows.table])
-    high = symbols.astype(np.int64) - reach
+    reach = rows.each(tables().reach[rows.table])
+    high = symbols - reach
     escaped = np.flatnonzero(high > reach)
+    if not len(escaped) and not rows.shift.any():
+        return high
+    shift = rows.each(rows.shift)
     lengths = reader.read(np.full(len(escaped), _LENGTH_BITS))
     signs = reader.read(np.ones(len(escaped), np.int64))
     beyond = reader.read(lengths) + (1 << lengths)
@@ -120,4 +126,5 @@ def cost_bits(symbols: UInt8[np.ndarray, " n"], rows: Rows) -> float:
 
 def expected_bits(rows: Rows) -> int:
     """What the tables expect for rows of these lengths, without what travels raw."""
-    return int((tables().entropy[rows.table] * rows.lengths).sum()) // COST_UNIT
+    run = rows.run.merged
+    return int((tables().entropy[run.table] * run.lengths).sum()) // COST_UNIT
