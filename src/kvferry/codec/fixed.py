@@ -4,7 +4,6 @@ Each layer is one PAYLOAD segment, the block of its keys and then that of its va
 layers, and coding needs memory for one layer at a time.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 from kvferry.codec.base import Codec, kept, spec_segment
 from kvferry.codec.centre import channel_means
 from kvferry.codec.finite import all_finite
+from kvferry.codec.fresh import fresh
 from kvferry.codec.manifest import Manifest, kv_frame, manifest_of, read_manifest
 from kvferry.codec.second_stage import check_level, squeezed, unsqueezed
 from kvferry.errors import BudgetTooSmall, Malformed, NotFinite
@@ -24,7 +24,6 @@ from kvferry.kv import KV, Geometry, Group, LayerGeometry, Plan
 from kvferry.wire import Frame, Limits, Segment, SegmentType, packed_bytes
 
 _MEAN_BYTES = 2
-_LARGE_PAGE = 1 << 21
 _AT_ONCE, _AT_ONCE_ON_DEVICES = 1 << 20, 1 << 22
 """Numbers taken at once: few calls, and yet memory for few layers, which stays in the cache of a processor."""
 
@@ -165,7 +164,7 @@ class FixedRate(Codec):
         present = manifest.present[list(layers)]
         shape, whole = manifest.geometry.layers[layers[0]], bool(present.all())
         slots = (len(layers), 1, shape.heads, manifest.n_tokens)
-        keys, values = (_fresh((*slots, dim), whole, device) for dim in (shape.key_dim, shape.value_dim))
+        keys, values = (fresh((*slots, dim), whole, device) for dim in (shape.key_dim, shape.value_dim))
         for rows in _runs(keys[:, 0], whole):
             index = torch.from_numpy(np.flatnonzero(present[rows][0])).to(device)
             mine = [bodies[layer] for layer in layers[rows]]
@@ -213,19 +212,6 @@ def _runs(layers: Shaped[Tensor, "layers heads tokens dim"], whole: bool) -> Ite
     limit = _AT_ONCE if layers.device.type == "cpu" else _AT_ONCE_ON_DEVICES
     step = max(1, limit // max(1, layers[0].numel())) if whole else 1
     return (slice(start, start + step) for start in range(0, len(layers), step))
-
-
-def _fresh(shape: tuple[int, ...], whole: bool, device: torch.device) -> Float[Tensor, "..."]:
-    """Memory to read into: zeros unless all of it will be filled."""
-    if not whole:
-        return torch.zeros(shape, device=device)
-    if device.type != "cpu" or 4 * math.prod(shape) < _LARGE_PAGE // 2:
-        return torch.empty(shape, device=device)
-    # numpy asks for large pages, where they fit: fetching as many small ones takes longer than decoding.
-    n_bytes = 4 * math.prod(shape)
-    room = np.empty(n_bytes + 2 * _LARGE_PAGE, np.uint8)
-    start = -room.ctypes.data % _LARGE_PAGE
-    return torch.from_numpy(room[start : start + n_bytes].view(np.float32).reshape(shape))
 
 
 def _check_cap(head: tuple[Segment, ...], payload: list[int], max_bytes: int | None) -> None:

@@ -102,7 +102,7 @@ class Ecsq(Codec):
         parts, bodies = parts_of(manifest), frame.bodies(SegmentType.PAYLOAD)
         if [bool(part.blocks) for part in parts] != [bool(body) for body in bodies]:
             raise Malformed(f"{len(bodies)} parts, or an empty one", cure=f"These tokens make {len(parts)}")
-        groups = empty_groups(geometry, manifest.n_tokens)
+        groups = empty_groups(geometry, manifest.n_tokens, bool(manifest.present.all()))
         for part, body in zip(parts, bodies, strict=True):
             if part.blocks:
                 read_part(part, body, scheme, frame.step, Writes(groups))
@@ -118,7 +118,8 @@ class Ecsq(Codec):
         """One sequence, coded and decoded in its slots."""
         manifest = manifest_of(one, one.present[:, 0])
         index = np.flatnonzero(one.present[:, 0].any(0).cpu().numpy())
-        arrays, groups = Reads(one, 0, index), empty_groups(one.geometry, len(index))
+        arrays = Reads(one, 0, index)
+        groups = empty_groups(one.geometry, len(index), bool(manifest.present.all()))
         measured = [measure_part(part, arrays) for part in parts_of(manifest)]
         self._message(manifest, measured, arrays).through(self.step, Writes(groups))
         return tuple(_spread(group, index, one.n_tokens) for group in groups)

@@ -10,6 +10,7 @@ from kvferry.codec.ecsq.measured import Measured
 from kvferry.codec.ecsq.part import NOTHING, Coded, PartReader, code_part
 from kvferry.codec.ecsq.scheme import Scheme
 from kvferry.codec.ecsq.source import Arrays, Quantised, part_symbols, part_values, write_through
+from kvferry.codec.fresh import fresh
 from kvferry.kv import Geometry, Group
 from kvferry.wire import Segment, SegmentType, packed_bytes
 
@@ -79,14 +80,12 @@ def read_part(part: Part, body: bytes, scheme: Scheme, step: int, arrays: Arrays
     reader.close()
 
 
-def empty_groups(geometry: Geometry, n_tokens: int) -> tuple[Group, ...]:
-    """Zeros for one sequence, float32, on the CPU."""
-    shapes = [(layers, geometry.layers[layers[0]]) for layers in geometry.groups()]
-    return tuple(
-        Group(
-            layers,
-            torch.zeros(len(layers), 1, shape.heads, n_tokens, shape.key_dim),
-            torch.zeros(len(layers), 1, shape.heads, n_tokens, shape.value_dim),
-        )
-        for layers, shape in shapes
-    )
+def empty_groups(geometry: Geometry, n_tokens: int, whole: bool) -> tuple[Group, ...]:
+    """Room for one sequence, float32, on the CPU; zeros unless the `whole` of it will be filled."""
+    found = []
+    for layers in geometry.groups():
+        shape = geometry.layers[layers[0]]
+        sizes = ((len(layers), 1, shape.heads, n_tokens, dim) for dim in (shape.key_dim, shape.value_dim))
+        keys, values = (fresh(size, whole, torch.device("cpu")) for size in sizes)
+        found.append(Group(layers, keys, values))
+    return tuple(found)
