@@ -106,12 +106,19 @@ def load_profile(path: Path) -> Profile:
             _check_format(path, metadata, sorted(file.keys()))
             tensors = {name: file.get_tensor(name) for name in SECTIONS}
         said = {name: metadata[name] for name in ("model", "geometry", "tokenizer")}
-        fitted = json.loads(metadata["fitted"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        fitted = _object(metadata["fitted"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         cure = "Make one with kvferry profile"
         raise FolderError(f"cannot read the profile {path}: {error}", cure=cure) from None
     _check_numbers(path, tensors)
     return Profile(**said, **tensors, fitted=fitted)
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text[:40]!r} is no object")
+    return found
 
 
 def _check_format(path: Path, metadata: dict[str, str], names: list[str]) -> None:
