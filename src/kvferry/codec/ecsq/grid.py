@@ -7,7 +7,7 @@ Exponents are whole 64ths of an octave, levels whole quarter octaves: both ends 
 
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -41,12 +41,10 @@ class Grid:
     """
 
     exponent: Int64[np.ndarray, " channels"]
+    step: Float32[np.ndarray, " channels"]
+    """`step_size` of it."""
     level: Int64[np.ndarray, " channels"]
     mean: Float32[np.ndarray, " channels"]
-
-    @cached_property
-    def step(self) -> Float32[np.ndarray, " channels"]:
-        return step_size(self.exponent)
 
     def __post_init__(self) -> None:
         highest, mean = int(self.exponent.max(initial=0)), np.abs(self.mean).max(initial=0)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from kvferry.codec.ecsq.encoder import own_side
-from kvferry.codec.ecsq.grid import Grid, profile_level
+from kvferry.codec.ecsq.grid import Grid, profile_level, step_size
 from kvferry.codec.ecsq.layout import Part
 from kvferry.codec.ecsq.measured import Measured
 from kvferry.codec.ecsq.part import PartReader
@@ -57,9 +57,7 @@ class SelfContained(Scheme):
         return (Segment(SegmentType.WEIGHTS, write_weights(self.weights)),)
 
     def plan(self, measured: Measured, step: int) -> tuple[Side, Grid]:
-        exponent = self._exponent(measured.part, step)
-        side = own_side(measured, exponent)
-        return side, grid_of(side, exponent)
+        return own_side(measured, self._exponent(measured.part, step))
 
     def read(self, part: Part, reader: PartReader, step: int) -> Grid:
         return grid_of(reader.side(part.size, part.counts), self._exponent(part, step))
@@ -94,7 +92,7 @@ class FromProfile(Scheme):
         channels = np.concatenate([self._channels[block.layer, block.which] for block in part.blocks])
         exponent = step + self.profile.weight[channels].astype(np.int64)
         level = profile_level(self.profile.deviation[channels].astype(np.int64), exponent)
-        return Grid(exponent, level, self.profile.mean[channels])
+        return Grid(exponent, step_size(exponent), level, self.profile.mean[channels])
 
     def shaped(self, quantised: Quantised, arrays: Arrays) -> Arrays:
         return shape(quantised, arrays, self._feedback)

@@ -68,15 +68,14 @@ def grid_of(side: Side, exponent: Numbers) -> Grid:
     """The grid that both ends use: that of what is sent, not of what was measured."""
     n_tokens = np.repeat(side.n_tokens, side.size)
     level = np.where(side.code == 0, SILENT, LOWEST + (side.code - 1) * grain_of(n_tokens))
-    return Grid(exponent, level, scaled_mean(side.mean, level, step_size(exponent), n_tokens))
+    step = step_size(exponent)
+    return Grid(exponent, step, level, scaled_mean(side.mean, mean_unit(level, step, n_tokens)))
 
 
-def scaled_mean(
-    mean: Numbers, level: Numbers, step: Float32[np.ndarray, " n"], n_tokens: Numbers
-) -> Float32[np.ndarray, " n"]:
+def scaled_mean(mean: Numbers, unit: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
     """Means from their units: multiplied in double precision, rounded once."""
     with np.errstate(over="ignore", invalid="ignore"):  # a grid refuses infinite means
-        return (mean * mean_unit(level, step, n_tokens).astype(np.float64)).astype(np.float32)
+        return (mean * unit.astype(np.float64)).astype(np.float32)
 
 
 def _row_level(numbers: Numbers, starts: Blocks, size: Blocks) -> Blocks:

@@ -119,7 +119,7 @@ def _fast_symbols(quantised: Quantised, arrays: Arrays, symbols: Symbols) -> Boo
     slow = table >= N_TABLES
     place = np.where(slow, -1, quantised.places(quantised.sent))
     inverse = np.float32(1) / quantised.step
-    reach = tables().reach.astype(np.float32)[np.clip(table, 0, N_TABLES - 1)]
+    reach = tables().reach.astype(np.float32).take(table, mode="clip")
     mean, kernel = quantised.mean, compiled(loops.symbols)
     for block, held, rows in quantised.part.row_groups():
         kernel(arrays(block), held, mean[rows], inverse[rows], reach[rows], place[rows], symbols, slow[rows])
@@ -129,7 +129,7 @@ def _fast_symbols(quantised: Quantised, arrays: Arrays, symbols: Symbols) -> Boo
 def _fast_values(quantised: Quantised, symbols: Symbols, arrays: Arrays) -> Bool[np.ndarray, " sent"]:
     """Write the numbers of rows without raw bits; returns which of the rows that are sent have some."""
     slow = quantised.level - LOWEST >= N_TABLES
-    table = np.clip(quantised.level - LOWEST, 0, N_TABLES - 1)
+    table = np.minimum(np.maximum(quantised.level - LOWEST, 0), N_TABLES - 1)
     place, step, mean = quantised.places(quantised.sent), quantised.step, quantised.mean
     reach, centres = tables().reach.astype(np.float32)[table], tables().centroid[:, 1:]
     # One array each, numbers side by side, or the loops are not compiled to work on many at once.
