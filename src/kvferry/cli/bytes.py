@@ -38,29 +38,21 @@ def count_bytes(
 
 
 def _show(found: "list[Drift]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    sizes, parts = ("bytes: mean", "median", "p95"), ("indices", "payload", "scales", "headers")
-    table = Table("codec", *sizes, "formula: mean", *sizes[1:], "drift", *parts)
-    for column in table.columns[1:]:
-        column.justify = "right"
     for row in found:
-        drift = "" if row.drift is None else f"{row.drift:+.1%}" + (" !" if row.flagged else "")
-        shares = [f"{part / row.measured.mean:.1%}" for part in row.breakdown.values()]
-        table.add_row(
-            f"{row.sender}: {row.codec}", *_sizes(row.measured), *_sizes(row.analytic), drift, *shares
-        )
-    console = Console(highlight=False)
-    console.print(table)
+        drift = "" if row.drift is None else f"   drift {row.drift:+.1%}{' !' if row.flagged else ''}"
+        shares = (f"{name} {part / row.measured.mean:.1%}" for name, part in row.breakdown.items())
+        print(f"{row.sender}: {row.codec}")
+        print(f"  measured  {_sizes(row.measured)}")
+        print(f"  formula   {_sizes(row.analytic)}{drift}")
+        print(f"  shares    {', '.join(shares)}")
     if any(row.flagged for row in found):
-        console.print("! drift above 15 %: headers, or a second stage, weigh more than the formula says")
+        print("! drift above 15 %: headers, or a second stage, weigh more than the formula says")
 
 
-def _sizes(spread: "Spread | None") -> list[str]:
+def _sizes(spread: "Spread | None") -> str:
     if spread is None:
-        return ["none", "", ""]
-    return [f"{size:,.0f}" for size in (spread.mean, spread.median, spread.p95)]
+        return "none"
+    return f"mean {spread.mean:,.0f}  median {spread.median:,.0f}  p95 {spread.p95:,.0f} bytes"
 
 
 def _write(found: "list[Drift]", seed: int, file: Path) -> None:
