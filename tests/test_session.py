@@ -46,7 +46,7 @@ TEXTS, QUESTIONS = [item.context for item in ITEMS], [item.question for item in 
 
 @pytest.fixture(scope="module")
 def sender():
-    return Sender("llama")
+    return Sender("llama", codec="int(bits=8)")
 
 
 @pytest.fixture(scope="module")

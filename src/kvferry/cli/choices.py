@@ -11,7 +11,7 @@ from kvferry.errors import EmptyContext, UnknownName, UsageError
 if TYPE_CHECKING:
     from kvferry.codec import Codec
 
-SENDER, RECEIVER, CODEC = "llama", "gemma3", "int(bits=8)"
+SENDER, RECEIVER, CODEC = "llama", "gemma3", "ecsq"
 _SHORTEST_KEY, _LONGEST_KEY = 16, 64
 HOST, PORT = "127.0.0.1", 7070
 
@@ -24,7 +24,7 @@ ReceiverOption = Annotated[str, typer.Option(help="The model that answers: zoo n
 AlignerOption = Annotated[
     str | None, typer.Option(help="Folder, hub id or shipped name. Default: the one shipped for the pair.")
 ]
-CodecOption = Annotated[str, typer.Option(help="How the cache is coded: raw, int(bits=8), int(bits=4), ...")]
+CodecOption = Annotated[str, typer.Option(help="How the cache is coded: ecsq, int(bits=8), raw, ...")]
 MaxBytesOption = Annotated[int | None, typer.Option(help="Cap of the message.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFileOption = Annotated[

@@ -19,7 +19,7 @@ def fit(
     receiver: ReceiverOption = RECEIVER,
     codecs: Annotated[
         str | None,
-        typer.Option(help="Specs separated by ';' that the map must bear. Default: raw, int8, int4."),
+        typer.Option(help="Specs separated by ';' that the map must bear. Default: raw, int8, int4, ecsq."),
     ] = None,
     data: Annotated[
         Path | None,

@@ -23,7 +23,7 @@ class Sender:
     True
     """
 
-    def __init__(self, model: Model | str | Path, codec: Codec | str = "int(bits=8)") -> None:
+    def __init__(self, model: Model | str | Path, codec: Codec | str = "ecsq") -> None:
         self.model = model if isinstance(model, Model) else load(str(model))
         self.codec = CODECS.parse(codec) if isinstance(codec, str) else codec
 

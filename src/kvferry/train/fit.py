@@ -41,6 +41,8 @@ DEFAULT_CODECS = (
     "int(bits=8, group=32, axis=token, centred=False, scale=float16, zstd=0)",
     "int(bits=4, group=32, axis=channel, centred=False, scale=float16, zstd=0)",
     "int(bits=4, group=32, axis=token, centred=False, scale=float16, zstd=0)",
+    "ecsq(step=-64, weighting=layer, profile=none)",
+    "ecsq(step=0, weighting=layer, profile=none)",
 )
 OnStep = Callable[[int, float], None]
 
