@@ -183,4 +183,4 @@ def read_row(data: Bytes, mask: int, tokens: list[int]) -> Classes:
         members = [left[place] for place in read_set(data, len(left))]
         found.update(dict.fromkeys(members, number))
         left = [token for token in left if token not in members]
-    return {**found, **dict.fromkeys(left, numbers[-1])}
+    return {**found, **dict.fromkeys(left, numbers[-1])} if numbers else found

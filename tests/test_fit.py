@@ -79,7 +79,8 @@ def test_the_card_says_how_it_was_made(fitted):
 
 def test_what_was_fitted_answers_through_the_session(models, fitted):
     receiver = Receiver(models[1], fitted.aligner)
-    reply = receiver.answer(Sender(models[0]).read("Ann has tea in Oslo."), "Where is the tea?")
+    codec = fitted.aligner.contract.coded_with[0]
+    reply = receiver.answer(Sender(models[0], codec).read("Ann has tea in Oslo."), "Where is the tea?")
     assert reply.stages_ms.keys() == {"decode", "align", "prefill", "generate"}
 
 

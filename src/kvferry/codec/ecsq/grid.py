@@ -63,7 +63,8 @@ def _times_power(numbers: Float32[np.ndarray, " n"], octaves: Exponents) -> Floa
     """Numbers times 2**octaves, an integer within 1000, rounded once."""
     # The exponent field of a double: ldexp is ten times as slow.
     power = (octaves + 1023 << 52).view(np.float64)
-    return (numbers * power).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and `Grid` refuses it
+        return (numbers * power).astype(np.float32)
 
 
 def step_size(exponent: Exponents) -> Float32[np.ndarray, " n"]:
