@@ -166,7 +166,9 @@ def check_canonical(codec: Codec, kv: KV) -> None:
     assert data == pack(codec.encode(kv))
     again = codec.encode(decode(unpack(data), kv.geometry))
     assert [s.type for s in again.segments] == [s.type for s in unpack(data).segments]
-    manifests = ([s for s in frame.segments if s.type < SegmentType.WEIGHTS] for frame in (again, unpack(data)))
+    manifests = (
+        [s for s in frame.segments if s.type < SegmentType.WEIGHTS] for frame in (again, unpack(data))
+    )
     assert next(manifests) == next(manifests)
 
 

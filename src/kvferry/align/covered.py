@@ -18,17 +18,20 @@ def covers(coded_with: Sequence[str], spec: str) -> bool:
     (True, False)
     >>> covers(("ecsq(step=-64)", "ecsq(step=0)"), "ecsq(step=-20)"), covers(("ecsq(step=0)",), "ecsq(step=1)")
     (True, False)
+    >>> covers(("ecsq(step=0)",), "ecsq(step=finest)")
+    False
     """
     wanted, step = _split(spec)
     fitted = [_split(text) for text in coded_with]
-    steps = [known_step for known, known_step in fitted if known == wanted]
-    if steps and step is not None:
-        return min(steps) <= step <= max(steps)
+    like = [known_step for known, known_step in fitted if known == wanted]
+    if step is not None:
+        steps = [known for known in like if isinstance(known, int)]
+        return bool(steps) and isinstance(step, int) and min(steps) <= step <= max(steps)
     exact = wanted == ("raw", {"dtype": "float32"})
-    return bool(steps) or (exact and any(name == "raw" for (name, _), _ in fitted))
+    return bool(like) or (exact and any(name == "raw" for (name, _), _ in fitted))
 
 
-def _split(spec: str) -> tuple[tuple[str, dict[str, Any]], int | None]:
+def _split(spec: str) -> tuple[tuple[str, dict[str, Any]], object]:
     """A codec without its step and what leaves the numbers as they are; and its step."""
     name, _, options = read_call(spec)
     step = options.pop("step", None)
