@@ -13,6 +13,10 @@ settings.register_profile("kvferry", deadline=None)
 settings.load_profile("kvferry")
 
 
+# It holds no tests, and the import needs atheris, which is in no extra that tests need.
+collect_ignore = ["fuzz/guided.py"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-goldens", action="store_true", help="Write the goldens that are missing.")
 
