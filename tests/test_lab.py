@@ -11,9 +11,11 @@ import torch
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from kvferry.errors import FolderError, PeerLost, UsageError
-from kvferry.lab.arms import ARMS, Reading, last_bytes, mean_groups
-from kvferry.lab.compare import PAIRS
+from kvferry.align.folder import load_contract
+from kvferry.align.shipped import aligner_path
+from kvferry.errors import CodecNotCovered, FolderError, PeerLost, UsageError
+from kvferry.lab.arms import ARMS, Reading, arms_for, family_of, last_bytes, mean_groups
+from kvferry.lab.compare import pairs
 from kvferry.lab.demo import Demo, DemoResult, run_demo
 from kvferry.lab.items import Batch, Worlds, chance, right
 from kvferry.lab.ledger import load_result, save_result, write_file
@@ -44,7 +46,6 @@ def reading(sender: Sender) -> Reading:
 
 @pytest.fixture(scope="module")
 def result() -> DemoResult:
-    from kvferry.align.shipped import aligner_path
 
     return run_demo(Demo(SENDER, RECEIVER, str(aligner_path(SENDER, RECEIVER)), n_items=8))
 
@@ -143,7 +144,22 @@ def test_the_mean_skips_padding(sender: Sender):
 
 
 def test_comparisons_name_arms():
-    assert {name for pair in PAIRS for name in pair} <= {arm.name for arm in ARMS} | {"sender_alone"}
+    named = {name for pair in pairs(["kv_raw", "kv_int8", "kv_int4"]) for name in pair}
+    assert named <= {arm.name for arm in ARMS} | {"sender_alone"}
+
+
+def test_an_aligner_brings_its_steps_and_must_bear_the_common_codecs():
+    common = ("raw(dtype=float16)", "int(bits=8, group=32, axis=token, centred=False, scale=float16)")
+    int4 = "int(bits=4, group=32, axis=token, centred=False, scale=float16)"
+    own, profiled = (
+        "ecsq(step=-64, weighting=layer, profile=none)",
+        "ecsq(step=8, weighting=layer, profile=x)",
+    )
+    assert arms_for((*common, int4)) == ARMS
+    brought = arms_for((*common, int4, own, profiled))[len(ARMS) :]
+    assert [(arm.name, arm.codec) for arm in brought] == [("kv_ecsq_-64", own), ("kv_profile_8", profiled)]
+    with pytest.raises(CodecNotCovered, match="bits=4"):
+        arms_for(common)
 
 
 # Points
@@ -160,9 +176,12 @@ def test_a_point_tells_no_names_and_no_paths():
 
 
 def test_every_arm_is_measured(result: DemoResult):
-    assert [row.arm for row in result.rows] == [*(arm.name for arm in ARMS), "sender_alone"]
+    arms = [arm.name for arm in arms_for(load_contract(aligner_path("llama", "gemma3")).coded_with)]
+    assert [row.arm for row in result.rows] == [*arms, "sender_alone"]
+    caches = [arm for arm in arms if family_of(arm) == "cache"]
+    assert {"kv_ecsq_-64", "kv_profile_144"} < set(caches)
     assert all(row.n == 8 for row in result.rows)
-    assert [(test.a, test.b) for test in result.tests] == list(PAIRS)
+    assert [(test.a, test.b) for test in result.tests] == pairs(caches)
     assert result.chance == pytest.approx((1 / 24 + 1 / 32 + 1 / 32 + 1 / 32) / 4, abs=0.01)
 
 
@@ -233,10 +252,10 @@ def test_the_table_fits_a_terminal(result: DemoResult):
 
 
 def test_words_follow_the_numbers(result: DemoResult):
-    small = "even the coarsest cache is"
+    small = "even the smallest cache is"
     assert small in " ".join(summary(result))
     rows = [
-        replace(row, n_bytes={"message": 9.0 if row.arm == "kv_ecsq_144" else 1e6, "link": 0.0})
+        replace(row, n_bytes={"message": 9.0 if row.arm == "kv_profile_144" else 1e6, "link": 0.0})
         for row in result.rows
     ]
     assert small not in " ".join(summary(replace(result, rows=rows)))

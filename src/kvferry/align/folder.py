@@ -4,14 +4,17 @@ import importlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from kvferry.align.contract import Aligner, from_json, to_json
+from kvferry.align.contract import Aligner, Contract, from_json, to_json
 from kvferry.align.table import ALIGNERS
 from kvferry.errors import FolderError, UnknownName
 
@@ -38,11 +41,29 @@ def save_aligner(aligner: Aligner, folder: Path, card: str) -> None:
 def load_aligner(where: str | Path) -> Aligner:
     """Load a folder or hub id. Raises `FolderError` for one that is missing, corrupt or of another kind."""
     folder = aligner_folder(where)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with _readable(where):
+        config = _config(folder)
         aligner = aligner_class(config["name"])(from_json(config["contract"]), **config["options"])
         load_model(aligner, str(folder / "model.safetensors"))
         return aligner.eval()
+
+
+def load_contract(where: str | Path) -> Contract:
+    """What the aligner of a folder or hub id promises, without its weights. Raises as `load_aligner` does."""
+    folder = aligner_folder(where)
+    with _readable(where):
+        return from_json(_config(folder)["contract"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _readable(where: str | Path) -> Iterator[None]:
+    """Whatever cannot be read is a `FolderError`."""
+    try:
+        yield
     except UnknownName:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -44,11 +44,11 @@ def _run(demo: "Demo") -> "DemoResult":
     from rich.console import Console
     from rich.progress import Progress
 
-    from kvferry.lab.demo import n_steps, run_demo
+    from kvferry.lab.demo import run_demo
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("loading both models", total=n_steps())
+        task = progress.add_task("loading both models", total=demo.n_steps())
 
         def on_arm(arm: str) -> None:
             progress.update(task, description=arm, advance=1)

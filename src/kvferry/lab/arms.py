@@ -3,7 +3,7 @@
 An arm is one line of `ARMS`: a function from what the sender has read to one message per item.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,6 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvferry.align.covered import covers
+from kvferry.codec import CODECS
+from kvferry.codec.ecsq import Ecsq
+from kvferry.codec.profiles import NONE
+from kvferry.errors import CodecNotCovered
 from kvferry.kv import KV, Group
 from kvferry.lab.items import Batch, swapped
 from kvferry.session.message import Message, text_message
@@ -21,7 +26,6 @@ World = Literal["own", "twin"]
 """The item's own text, or that of its twin."""
 
 INT8, INT4, RAW = "int(bits=8)", "int(bits=4)", "raw(dtype=float16)"
-ECSQ_STEPS = (64, 104, 144)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Arm:
-    """`codec` codes the caches, None where text is sent; `{model}` in it is the sender's name. `world` is the one that
-    the message tells of, if any."""
+    """`codec` codes the caches, None where text is sent; `world` is the one that the message tells of, if any."""
 
     name: str
     family: Family
@@ -48,7 +51,7 @@ class Arm:
 
     def sender(self, model: Sender) -> Sender:
         """The sender as this arm needs it."""
-        return model if self.codec is None else model.with_codec(self.codec.format(model=model.model.name))
+        return model if self.codec is None else model.with_codec(self.codec)
 
     def recipe(self, sender: Sender) -> str:
         """What is sent, in one line: `source | codec` for caches."""
@@ -105,13 +108,6 @@ def _cache(name: str, codec: str, meaning: str) -> Arm:
     return Arm(name, "cache", cache, "cache", codec, world="own", meaning=meaning)
 
 
-def _ecsq(step: int) -> Arm:
-    codec = f"ecsq(step={step}, profile={{model}})"
-    return _cache(
-        f"kv_ecsq_{step}", codec, f"the sender's cache, entropy coded at step {step} with its profile"
-    )
-
-
 ARMS: tuple[Arm, ...] = (
     Arm(
         "receiver_only",
@@ -128,7 +124,6 @@ ARMS: tuple[Arm, ...] = (
     _cache("kv_raw", RAW, "the sender's cache in 16-bit floats"),
     _cache("kv_int8", INT8, "the sender's cache in 8-bit integers"),
     _cache("kv_int4", INT4, "the sender's cache in 4-bit integers"),
-    *(_ecsq(step) for step in ECSQ_STEPS),
     Arm(
         "kv_zeroed", "control", zeroed_cache, "zeros", INT8, None, "zeros for numbers: does any message help?"
     ),
@@ -151,6 +146,33 @@ ARMS: tuple[Arm, ...] = (
         "the twin's cache: do answers follow the message?",
     ),
 )
+
+
+def arms_for(coded_with: Sequence[str]) -> tuple[Arm, ...]:
+    """`ARMS`, and one for each step of `ecsq` that an aligner was fitted under.
+
+    Raises `CodecNotCovered` for an aligner that does not cover the codecs of `ARMS`.
+    """
+    for codec in (RAW, INT8, INT4):
+        if not covers(coded_with, repr(CODECS.parse(codec))):
+            cure = f"Fit one under {RAW}, {INT8} and {INT4}; this one covers {', '.join(coded_with)}"
+            raise CodecNotCovered(f"the demo sends {codec}, the aligner was not fitted under it", cure=cure)
+    fitted = (CODECS.parse(spec) for spec in coded_with)
+    return (*ARMS, *(_entropy_coded(codec) for codec in fitted if isinstance(codec, Ecsq)))
+
+
+def family_of(arm: str) -> Family | None:
+    """The family of an arm by its name, None for the sender alone; what an aligner brings are caches."""
+    if arm == "sender_alone":
+        return None
+    families: dict[str, Family] = {one.name: one.family for one in ARMS}
+    return families.get(arm, "cache")
+
+
+def _entropy_coded(codec: Ecsq) -> Arm:
+    kind, how = ("ecsq", "on its own") if codec.profile == NONE else ("profile", "with a profile")
+    words = f"the sender's cache, entropy coded {how}, step {codec.step}"
+    return _cache(f"kv_{kind}_{codec.step}", repr(codec), words)
 
 
 def last_bytes(text: str, n_bytes: int) -> str:

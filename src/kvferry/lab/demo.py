@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvferry.lab.arms import ARMS, Arm, Reading, mean_groups
+from kvferry.align.folder import aligner_folder, load_contract
+from kvferry.codec.profiles import hold_profiles
+from kvferry.lab.arms import ARMS, Arm, Reading, arms_for, mean_groups
 from kvferry.lab.compare import Test, compare
 from kvferry.lab.items import Batch, Worlds, chance
 from kvferry.lab.latency import Times, stage_times
@@ -55,15 +57,23 @@ class Demo:
     seed: int = 0
     worlds: Worlds = field(default_factory=Worlds)
 
+    def arms(self) -> tuple[Arm, ...]:
+        """What the receiver's aligner can be sent; raises what `arms_for` raises."""
+        if self.aligner is None:
+            return ARMS
+        hold_profiles(aligner_folder(self.aligner))
+        return arms_for(load_contract(self.aligner).coded_with)
 
-def n_steps() -> int:
-    """How often `on_arm` is called."""
-    return len(ARMS) + 1
+    def n_steps(self) -> int:
+        """How often `on_arm` is called."""
+        return len(self.arms()) + 1
 
 
 def run_demo(demo: Demo, on_arm: OnArm = lambda arm: None) -> DemoResult:
     """Start the receiver as a second process and evaluate every arm over TCP. `on_arm` hears which one begins."""
-    binomial_test()  # refuse now what would fail after minutes
+    # Refuse now what would fail after minutes.
+    binomial_test()
+    demo.arms()
     batches = demo.worlds.twins(demo.n_items, demo.seed)
     sender = Sender(demo.sender)
     with receiver_process(demo.sender, demo.receiver, demo.aligner) as peer:
@@ -77,7 +87,7 @@ async def _evaluate(
     readings = [Reading(batch, sender.capture(batch.contexts), mean) for batch in batches]
     rows: list[Point] = []
     scores: dict[str, Score] = {}
-    for arm in ARMS:
+    for arm in demo.arms():
         on_arm(arm.name)
         outcome = await run_arm(peer, arm.sender(sender), arm, readings)
         times = await stage_times(peer, arm.sender(sender), arm, batches, mean) if _is_timed(arm) else {}

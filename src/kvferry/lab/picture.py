@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.errors import MissingExtra
-from kvferry.lab.arms import ARMS
+from kvferry.lab.arms import family_of
 from kvferry.lab.demo import DemoResult
 from kvferry.lab.point import Point
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _VERMILLION, _GREY = "#0072B2", "#D55E00", "#6B6B6B"
-_FAMILY = {arm.name: arm.family for arm in ARMS}
 _LABELS = {  # arm -> its words, and where they stand: points to the right and up, horizontal alignment
     "receiver_only": ("receiver alone", (0, -14), "center"),
     "text_full": ("whole text", (0, 9), "center"),
@@ -25,9 +24,8 @@ _LABELS = {  # arm -> its words, and where they stand: points to the right and u
     "kv_raw": ("16 bit", (0, -16), "center"),
     "kv_int8": ("int8", (0, -16), "center"),
     "kv_int4": ("int4", (0, -16), "center"),
-    "kv_ecsq_64": ("", (0, 0), "center"),
-    "kv_ecsq_104": ("ecsq", (0, -16), "center"),
-    "kv_ecsq_144": ("", (0, 0), "center"),
+    "kv_ecsq_-64": ("ecsq", (0, -16), "center"),
+    "kv_profile_104": ("with profile", (0, 13), "center"),
     "kv_zeroed": ("zeros", (9, -8), "left"),
     "kv_mean": ("mean cache", (9, 17), "left"),
     "kv_twin": ("twin's cache", (-9, -8), "right"),
@@ -62,7 +60,7 @@ def as_bytes(figure: "Figure", kind: str) -> bytes:
 
 
 def _of(result: DemoResult, family: str) -> list[Point]:
-    rows = [row for row in result.rows if _FAMILY.get(row.arm) == family]
+    rows = [row for row in result.rows if family_of(row.arm) == family]
     return sorted(rows, key=lambda row: row.n_bytes["message"])
 
 
@@ -111,7 +109,7 @@ def _label(axes: "Axes", row: Point) -> None:
     if row.arm not in _LABELS:
         return
     words, offset, side = _LABELS[row.arm]
-    colour = {"text": _BLUE, "cache": _VERMILLION}.get(_FAMILY[row.arm], _GREY)
+    colour = {"text": _BLUE, "cache": _VERMILLION}.get(family_of(row.arm) or "control", _GREY)
     place = (row.n_bytes["message"], row.accuracy)
     axes.annotate(
         words, place, offset, textcoords="offset points", ha=side, va="center", color=colour, fontsize=8.5

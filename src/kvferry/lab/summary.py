@@ -1,6 +1,6 @@
 """A demo's result in plain words; every number comes from the result."""
 
-from kvferry.lab.arms import ARMS, ECSQ_STEPS
+from kvferry.lab.arms import ARMS, family_of
 from kvferry.lab.demo import DemoResult
 from kvferry.lab.point import Point
 
@@ -11,8 +11,8 @@ CONTROLS = ("receiver_only", "kv_zeroed", "kv_mean", "kv_twin", "sender_alone")
 
 
 def meaning(arm: str) -> str:
-    """What an arm is, in one line."""
-    return _MEANINGS[arm]
+    """What an arm is, in one line; the name of one that an aligner brings says its step."""
+    return _MEANINGS.get(arm, "the sender's cache, entropy coded")
 
 
 def summary(result: DemoResult) -> list[str]:
@@ -37,17 +37,19 @@ def _accuracy(result: DemoResult) -> str:
 
 
 def _size(result: DemoResult) -> str:
-    arms = ("text_full", "text_zstd", "kv_int8", "kv_int4", f"kv_ecsq_{ECSQ_STEPS[-1]}")
-    text, packed, int8, int4, ecsq = (_bytes(result, arm) for arm in arms)
-    ratio = ecsq / min(text, packed)
+    caches = (row for row in result.rows if family_of(row.arm) == "cache")
+    smallest = min(caches, key=lambda row: row.n_bytes["message"]).arm
+    arms = ("text_full", "text_zstd", "kv_int8", "kv_int4", smallest)
+    text, packed, int8, int4, least = (_bytes(result, arm) for arm in arms)
+    ratio = least / min(text, packed)
     comparison = (
-        f"text is far smaller: even the coarsest cache is {ratio:.0f} times larger"
+        f"text is far smaller: even the smallest cache is {ratio:.0f} times larger"
         if ratio > 1
         else "text is larger"
     )
     return (
         f"In bytes {comparison}. One context as a message takes {text:,.0f} bytes as text, {packed:,.0f} as zstd, "
-        f"{int8:,.0f} as int8 cache, {int4:,.0f} as int4 cache and {ecsq:,.0f} as the coarsest ecsq cache. "
+        f"{int8:,.0f} as int8 cache, {int4:,.0f} as int4 cache and {least:,.0f} as {smallest}. "
         f"Who counts bytes alone should send text."
     )
 
