@@ -39,9 +39,8 @@ def fit(
 ) -> None:
     """Fit an aligner: in closed form, then by the receiver's answers, through every codec in turn."""
     from kvferry.align.folder import save_aligner
-    from kvferry.codec.ecsq import Ecsq
     from kvferry.codec.profile import save_profile
-    from kvferry.codec.profiles import NONE, SUFFIX, find_profile
+    from kvferry.codec.profiles import SUFFIX, find_profile, name_of
     from kvferry.models.load import load, public_name
     from kvferry.train.card import card
     from kvferry.train.examples import source_of
@@ -55,8 +54,8 @@ def fit(
         fitted = fit_pair(source, target, source_of(data, target.prompt), recipe, on_step=on_step)
     names = public_name(sender), public_name(receiver)
     save_aligner(fitted.aligner, out, card(fitted, *names, _command(*names, data, recipe)))
-    for profile in {codec.profile for codec in recipe.parsed() if isinstance(codec, Ecsq)} - {NONE}:
-        held = find_profile(profile)
+    for profile_hash in {codec.profile_hash for codec in recipe.parsed()} - {0}:
+        held = find_profile(name_of(profile_hash))
         save_profile(held, out / f"{held.name}{SUFFIX}")
     _show(fitted, out, json)
 

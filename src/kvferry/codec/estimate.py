@@ -39,7 +39,9 @@ def _fixed_rate(codec: FixedRate, kv: KV) -> Estimate:
     for layer, n in zip(kv.geometry.layers, kv.present[:, 0].sum(1).tolist(), strict=True):
         for dim in (layer.key_dim, layer.value_dim):
             side = (
-                _SIDE_BYTES * codec.grouping.n_groups(layer.heads, n, dim) if isinstance(codec, Scaled) else 0
+                _SIDE_BYTES * codec.packing.grouping.n_groups(layer.heads, n, dim)
+                if isinstance(codec, Scaled)
+                else 0
             )
             payload += codec.block_bytes(layer.heads, n, dim) - side
             scales += side

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from kvferry.codec.groups import Axis, Grouping, ScaleFormat
+from kvferry.codec.groups import Axis, Grouping, Packing, ScaleFormat
 from kvferry.codec.scaled import Scaled
 from kvferry.errors import BadSpec
 
@@ -41,16 +41,8 @@ class Fp8(Scaled):
         super().__post_init__()
 
     @property
-    def grouping(self) -> Grouping:
-        return Grouping(self.axis, self.group)
-
-    @property
-    def scale_format(self) -> ScaleFormat:
-        return self.scale
-
-    @property
-    def code_bits(self) -> int:
-        return 8
+    def packing(self) -> Packing:
+        return Packing(Grouping(self.axis, self.group), self.scale, 8)
 
     @property
     def top(self) -> float:

@@ -17,6 +17,15 @@ SCALE_RANGES = {"float16": (2.0**-24, 65504.0), "bfloat16": (2.0**-126, (2 - 2.0
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a block is packed: which numbers share a scale, the format of scales, and the bits of a code."""
+
+    grouping: "Grouping"
+    scale: ScaleFormat
+    code_bits: int
+
+
+@dataclass(frozen=True)
 class Grouping:
     """Cuts a block `[heads, tokens, dim]` into rows, and rows into groups of `group` neighbours; 0 is the whole row.
 

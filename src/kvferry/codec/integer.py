@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from kvferry.codec import integer_fast
-from kvferry.codec.groups import Axis, Grouping, ScaleFormat
+from kvferry.codec.groups import Axis, Grouping, Packing, ScaleFormat
 from kvferry.codec.scaled import Scaled
 from kvferry.errors import BadSpec, Malformed, NotFinite
 
@@ -47,16 +47,8 @@ class Int(Scaled):
         super().__post_init__()
 
     @property
-    def grouping(self) -> Grouping:
-        return Grouping(self.axis, self.group)
-
-    @property
-    def scale_format(self) -> ScaleFormat:
-        return self.scale
-
-    @property
-    def code_bits(self) -> int:
-        return self.bits
+    def packing(self) -> Packing:
+        return Packing(Grouping(self.axis, self.group), self.scale, self.bits)
 
     @property
     def subtracts_means(self) -> bool:
@@ -83,7 +75,9 @@ class Int(Scaled):
     def write_layers(self, values: Float[Tensor, "layers heads tokens dim"]) -> UInt8[Tensor, "layers bytes"]:
         if not integer_fast.takes(values):
             return super().write_layers(values)
-        data = integer_fast.write(values, self.grouping, self.scale, self.bits, (self.top, *self._range))
+        data = integer_fast.write(
+            values, self.packing.grouping, self.scale, self.bits, (self.top, *self._range)
+        )
         if data is None:
             raise NotFinite("a number is NaN or infinite", cure="Check the model's dtype: fp16 overflows")
         return data
@@ -94,7 +88,7 @@ class Int(Scaled):
         if not integer_fast.takes(out):
             return super().read_layers(data, out)
         scales = self.scales(data, *out.shape[1:]).float()
-        if not integer_fast.read(data, scales, self.grouping, self.bits, self._middle, out):
+        if not integer_fast.read(data, scales, self.packing.grouping, self.bits, self._middle, out):
             raise Malformed(f"a code or an unused bit that {self!r} never writes", cure="Send it again")
         return None
 

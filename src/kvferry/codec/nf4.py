@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kvferry.codec.groups import Grouping, ScaleFormat
+from kvferry.codec.groups import Grouping, Packing, ScaleFormat
 from kvferry.codec.scaled import Scaled
 from kvferry.errors import BadSpec
 
@@ -56,16 +56,8 @@ class Nf4(Scaled):
         super().__post_init__()
 
     @property
-    def grouping(self) -> Grouping:
-        return Grouping("block", self.block)
-
-    @property
-    def scale_format(self) -> ScaleFormat:
-        return self.scale
-
-    @property
-    def code_bits(self) -> int:
-        return 4
+    def packing(self) -> Packing:
+        return Packing(Grouping("block", self.block), self.scale, 4)
 
     @property
     def top(self) -> float:

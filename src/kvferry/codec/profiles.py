@@ -29,6 +29,15 @@ def shipped_profiles() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.safetensors"))
 
 
+def name_of(profile_hash: int) -> str:
+    """What specs call the profile of a hash; `none` for 0.
+
+    >>> name_of(255), name_of(0)
+    ('p00000000000000ff', 'none')
+    """
+    return f"p{profile_hash:016x}" if profile_hash else NONE
+
+
 def hold(profile: Profile) -> Profile:
     """Keep a profile at hand for messages that were coded with it."""
     return _held.setdefault(profile.name, profile)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvferry.codec.bits import pack_codes, packed_length, unpack_codes
 from kvferry.codec.fixed import FixedRate
-from kvferry.codec.groups import SCALE_DTYPES, Grouping, ScaleFormat, highest_scale, scales_of
+from kvferry.codec.groups import SCALE_DTYPES, Packing, highest_scale, scales_of
 from kvferry.errors import Malformed
 
 _SCALE_BYTES = 2
@@ -24,18 +24,8 @@ class Scaled(FixedRate):
 
     @property
     @abstractmethod
-    def grouping(self) -> Grouping:
-        """Which numbers share a scale."""
-
-    @property
-    @abstractmethod
-    def scale_format(self) -> ScaleFormat:
-        """The format of scales."""
-
-    @property
-    @abstractmethod
-    def code_bits(self) -> int:
-        """Bits of a code: 2, 3, 4 or 8."""
+    def packing(self) -> Packing:
+        """Groups, scales and codes of a block."""
 
     @property
     @abstractmethod
@@ -55,37 +45,37 @@ class Scaled(FixedRate):
         return torch.zeros_like(codes, dtype=torch.bool)
 
     def block_bytes(self, heads: int, tokens: int, dim: int) -> int:
-        n_scales = self.grouping.n_groups(heads, tokens, dim)
-        return _SCALE_BYTES * n_scales + packed_length(heads * tokens * dim, self.code_bits)
+        n_scales = self.packing.grouping.n_groups(heads, tokens, dim)
+        return _SCALE_BYTES * n_scales + packed_length(heads * tokens * dim, self.packing.code_bits)
 
     def write(self, block: Float[Tensor, "heads tokens dim"]) -> UInt8[Tensor, " bytes"]:
-        codes, scales = self._quantise(self.grouping.cut(block.float()))
-        packed = pack_codes(codes.flatten(), self.code_bits)
+        codes, scales = self._quantise(self.packing.grouping.cut(block.float()))
+        packed = pack_codes(codes.flatten(), self.packing.code_bits)
         return torch.cat([scales.flatten().view(torch.uint8), packed])
 
     def read(
         self, data: UInt8[Tensor, " bytes"], shape: tuple[int, int, int]
     ) -> Float[Tensor, "heads tokens dim"]:
-        n_rows, length = self.grouping.rows(*shape)
+        n_rows, length = self.packing.grouping.rows(*shape)
         scales = self.scales(data.unsqueeze(0), *shape).reshape(n_rows, -1)
-        codes = unpack_codes(data[_SCALE_BYTES * scales.numel() :], self.code_bits, n_rows * length)
+        codes = unpack_codes(data[_SCALE_BYTES * scales.numel() :], self.packing.code_bits, n_rows * length)
         wrong = self.forbidden(codes)
         if bool(wrong.any()):
             code = int(codes[wrong][0])
             raise Malformed(f"code {code:#04x} has no meaning", cure=f"{self!r} never writes it")
-        return self.grouping.join(self._dequantise(codes.reshape(n_rows, length), scales), shape)
+        return self.packing.grouping.join(self._dequantise(codes.reshape(n_rows, length), scales), shape)
 
     def scales(
         self, data: UInt8[Tensor, "layers bytes"], heads: int, tokens: int, dim: int
     ) -> Shaped[Tensor, "layers groups"]:
         """The scales at the front of blocks; `Malformed` unless all could have been written."""
-        dtype = SCALE_DTYPES[self.scale_format]
+        dtype = SCALE_DTYPES[self.packing.scale]
         # A copy starts at an even address, which a view as 16-bit numbers needs.
-        front = data.new_empty(len(data), _SCALE_BYTES * self.grouping.n_groups(heads, tokens, dim))
+        front = data.new_empty(len(data), _SCALE_BYTES * self.packing.grouping.n_groups(heads, tokens, dim))
         scales = front.copy_(data[:, : front.shape[1]]).view(dtype)
         # Positive floats have positive patterns, in the same order; NaN comes behind infinity.
         lowest, highest = scales.view(torch.int16).aminmax()
-        limit = highest_scale(self.top, self.scale_format)
+        limit = highest_scale(self.top, self.packing.scale)
         if lowest <= 0 or highest > torch.tensor(limit, dtype=dtype).view(torch.int16):
             cure = f"Write positive scales up to {limit:.6g}: numbers stay finite"
             raise Malformed("a scale is zero, negative or too large", cure=cure)
@@ -96,7 +86,7 @@ class Scaled(FixedRate):
         values: Float[Tensor, "layers batch heads tokens dim"],
         present: Bool[Tensor, "layers batch tokens"],
     ) -> Float[Tensor, "layers batch heads tokens dim"]:
-        grouping = self.grouping
+        grouping = self.packing.grouping
         if grouping.axis == "token":
             return self._dequantise(*self._quantise(values))
         together, order = grouping.together(values, present)
@@ -107,13 +97,13 @@ class Scaled(FixedRate):
     def _quantise(
         self, rows: Float[Tensor, "*rows n"]
     ) -> tuple[UInt8[Tensor, "*rows n"], Shaped[Tensor, "*rows groups"]]:
-        groups = self.grouping.split(rows)
-        scales = scales_of(groups.abs().amax(-1), self.top, self.scale_format)
+        groups = self.packing.grouping.split(rows)
+        scales = scales_of(groups.abs().amax(-1), self.top, self.packing.scale)
         codes = self.codes(groups / scales.float().unsqueeze(-1))
         return codes.flatten(-2)[..., : rows.shape[-1]], scales
 
     def _dequantise(
         self, codes: UInt8[Tensor, "*rows n"], scales: Shaped[Tensor, "*rows groups"]
     ) -> Float[Tensor, "*rows n"]:
-        groups = self.grouping.split(self.units(codes)) * scales.float().unsqueeze(-1)
+        groups = self.packing.grouping.split(self.units(codes)) * scales.float().unsqueeze(-1)
         return groups.flatten(-2)[..., : codes.shape[-1]]

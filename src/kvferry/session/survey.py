@@ -24,12 +24,12 @@ from kvferry.wire import (
     read_json,
     unpack,
 )
+from kvferry.wire.fields import STEPS_PER_OCTAVE
 from kvferry.wire.header import Header, Start, read_header
 from kvferry.wire.segments import read_segment
 
 MAX_LAYERS, MAX_SLOTS = 4096, 1 << 26
 """Layers, and layers times tokens, that are counted: no message can make the survey take more memory."""
-_STEPS_PER_OCTAVE = 64
 _CHECKSUM_BYTES, _CONTRACT_AT = 4, 8
 _HASHES = ("model", "geometry", "tokenizer", "profile")
 
@@ -118,7 +118,7 @@ def survey(
     data: bytes, key: bytes | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Survey, KvferryError | None]:
     """The survey of a message, and the error that it reports, if there is one. `key` opens the seal of a sealed one."""
-    anybody = (_taken_at_its_word(_contract_id(data)),)
+    anybody = (_AtItsWord(named=_contract_id(data)),)
     error = _error(data, limits, anybody, key)
     try:
         start = read_header(memoryview(data), limits, anybody)
@@ -137,9 +137,15 @@ def survey(
     return Survey(len(data), whole, _header(data, start), rows, cache, text, content, _problem(error)), error
 
 
-def _taken_at_its_word(contract_id: int) -> Agreement:
+@dataclass(frozen=True)
+class _AtItsWord(Agreement):
     """An agreement that whatever a short header names fits: here it is shown, not used."""
-    return type("Anything", (Agreement,), {"contract_id": contract_id})()
+
+    named: int = 0
+
+    @property
+    def contract_id(self) -> int:
+        return self.named
 
 
 def _error(
@@ -189,7 +195,7 @@ def _header(data: bytes, start: Start) -> HeaderRow:
         reference_hash=f"{header.reference_hash:016x}",
         tokens=header.n_tokens,
         step=header.step,
-        step_size=2 ** (header.step / _STEPS_PER_OCTAVE),
+        step_size=2 ** (header.step / STEPS_PER_OCTAVE),
         sealed=start.sealed,
         contract=f"{_contract_id(data):08x}" if header.short else None,
         hashes=None if header.short else hashes,

@@ -7,7 +7,7 @@ least (Cover & Thomas, chapter 10, with the error of a uniform step, step**2 / 1
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from itertools import islice
 
@@ -28,8 +28,8 @@ from kvferry.train.answer_loss import continuations
 from kvferry.train.examples import Source, Split
 from kvferry.train.fit import frozen
 from kvferry.train.paired import batches
+from kvferry.wire.fields import STEPS_PER_OCTAVE
 
-OCTAVE = 64
 _SMALLEST = 2.0**-60
 
 
@@ -87,8 +87,7 @@ def fit_profile(model: Model, source: Source, recipe: ProfileRecipe) -> Profile:
     Raises `UsageError` where a number of the recipe is out of range.
     """
     profile = profile_of(model, _cases(model, source, "train", recipe), recipe)
-    said = {"source": source.name, **asdict(recipe)}
-    return Profile(**{**vars(profile), "fitted": said})
+    return replace(profile, fitted={"source": source.name, **asdict(recipe)})
 
 
 def profile_of(model: Model, cases: Iterable[Case], recipe: ProfileRecipe) -> Profile:
@@ -106,9 +105,11 @@ def profile_of(model: Model, cases: Iterable[Case], recipe: ProfileRecipe) -> Pr
         geometry.tokenizer,
         mean.astype(np.float32),
         np.rint(
-            OCTAVE * 0.5 * np.log2(_shaped_variance(variance, weight + recipe.usual_step / OCTAVE, factors))
+            STEPS_PER_OCTAVE
+            * 0.5
+            * np.log2(_shaped_variance(variance, weight + recipe.usual_step / STEPS_PER_OCTAVE, factors))
         ).astype(np.int16),
-        np.rint(OCTAVE * weight).astype(np.int16),
+        np.rint(STEPS_PER_OCTAVE * weight).astype(np.int16),
         np.concatenate([_below(shaping) for shaping, _ in factors]).astype(np.float16),
     )
 

@@ -9,6 +9,8 @@ import xxhash
 from kvferry.errors import UsageError
 
 MAJOR, MINOR = 1, 0
+STEPS_PER_OCTAVE = 64
+"""The step of a header is i of 2**(i / 64)."""
 _CONTRACT = struct.Struct("<BBQQQQ")
 
 
@@ -76,7 +78,7 @@ class Header:
     reference_hash: int = 0
     """64 bits over the state that the frame `reference_id` left at the receiver; 0 in an I frame."""
     step: int = 0
-    """Quantiser step of the frame, i of 2**(i/64); 0 where the codec has none."""
+    """Quantiser step of the frame, in `STEPS_PER_OCTAVE`; 0 where the codec has none."""
     n_tokens: int = 0
     model_hash: int = 0
     geometry_hash: int = 0

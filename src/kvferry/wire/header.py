@@ -137,7 +137,11 @@ def _read_short(view: memoryview, agreements: Sequence[Agreement]) -> tuple[Head
                 step=step,
                 n_tokens=n_tokens,
                 short=True,
-                **agreed.__dict__,
+                model_hash=agreed.model_hash,
+                geometry_hash=agreed.geometry_hash,
+                tokenizer_hash=agreed.tokenizer_hash,
+                profile_hash=agreed.profile_hash,
+                minor=agreed.minor,
             )
             return header, flags
     known = ", ".join(f"{agreed.contract_id:08x}" for agreed in agreements) or "none"

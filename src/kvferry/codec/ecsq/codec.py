@@ -26,7 +26,7 @@ from kvferry.codec.ecsq.weights import Weighting, read_weights, weigh
 from kvferry.codec.estimate import Estimate
 from kvferry.codec.manifest import Manifest, Uses, kv_frame, manifest_of, read_manifest
 from kvferry.codec.profile import Profile
-from kvferry.codec.profiles import NONE, find_profile
+from kvferry.codec.profiles import NONE, find_profile, name_of
 from kvferry.errors import BadSpec, Malformed
 from kvferry.kv import KV, Geometry, Group, KeySpace, Plan
 from kvferry.wire import Frame, Limits, SegmentType
@@ -63,8 +63,7 @@ class Ecsq(Codec):
             raise BadSpec(what, cure="Leave weighting out: a profile brings its own weights")
 
     def said_by(self, header: Header) -> Codec:
-        profile = f"p{header.profile_hash:016x}" if header.profile_hash else NONE
-        return replace(self, step=header.step, profile=profile)
+        return replace(self, step=header.step, profile=name_of(header.profile_hash))
 
     def unsaid(self) -> Codec:
         return replace(self, step=type(self).step, profile=NONE)
@@ -116,12 +115,10 @@ class Ecsq(Codec):
 
     def _through(self, one: KV) -> tuple[Group, ...]:
         """One sequence, coded and decoded in its slots."""
-        manifest = manifest_of(one, one.present[:, 0])
+        manifest, message = self._measured(one, None)
         index = np.flatnonzero(one.present[:, 0].any(0).cpu().numpy())
-        arrays = Reads(one, 0, index)
         groups = empty_groups(one.geometry, len(index), bool(manifest.present.all()))
-        measured = [measure_part(part, arrays) for part in parts_of(manifest)]
-        self._message(manifest, measured, arrays).through(self.step, Writes(groups))
+        message.through(self.step, Writes(groups))
         return tuple(_spread(group, index, one.n_tokens) for group in groups)
 
     def _measured(self, kv: KV, plan: Plan | None) -> tuple[Manifest, Message]:
@@ -129,15 +126,12 @@ class Ecsq(Codec):
         kv.require_space("content")
         keep = kept(kv, plan)
         manifest = manifest_of(kv, keep, None if plan is None else plan.classes)
-        arrays = Reads(kv, 0, np.flatnonzero(keep.any(0).cpu().numpy()))
+        arrays = Reads(kv, np.flatnonzero(keep.any(0).cpu().numpy()))
         measured = [measure_part(part, arrays) for part in parts_of(manifest)]
         if not all(part.finite for part in measured):
             replace(kv, present=keep.unsqueeze(1)).require_finite()  # names layer, head and token
-        return manifest, self._message(manifest, measured, arrays)
-
-    def _message(self, manifest: Manifest, measured: list[Measured], arrays: Reads) -> Message:
-        scheme = self._profiled(manifest.geometry) or self._weighed(measured, manifest.geometry)
-        return Message((spec_segment(self), *manifest.segments()), measured, scheme, arrays)
+        scheme = self._profiled(kv.geometry) or self._weighed(measured, kv.geometry)
+        return manifest, Message((spec_segment(self), *manifest.segments()), measured, scheme, arrays)
 
     def _weighed(self, measured: list[Measured], geometry: Geometry) -> Scheme:
         return SelfContained(weigh(measured, geometry.n_layers, self.weighting), self.weighting)

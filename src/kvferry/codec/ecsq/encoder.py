@@ -3,10 +3,11 @@
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from kvferry.codec.ecsq.grid import MAX_EXPONENT, OCTAVE, SILENT, Grid, levels_of, mean_unit, step_size
+from kvferry.codec.ecsq.grid import MAX_EXPONENT, SILENT, Grid, levels_of, mean_unit, step_size
 from kvferry.codec.ecsq.measured import Measured
 from kvferry.codec.ecsq.side import Side, code_levels, scaled_mean
 from kvferry.errors import UsageError
+from kvferry.wire.fields import STEPS_PER_OCTAVE
 
 _LARGEST_MEAN = 1 << 30
 
@@ -17,8 +18,8 @@ def own_side(measured: Measured, exponent: Channels) -> tuple[Side, Grid]:
     """What is sent of each channel of a part whose steps have these exponents, and what `grid_of` makes of it."""
     part, n_tokens = measured.part, measured.part.n_tokens
     if exponent.max(initial=0) > MAX_EXPONENT:
-        what = f"numbers that need a step of 2**{exponent.max() / OCTAVE:.4g}"
-        raise UsageError(what, cure=f"Use raw: steps are at most 2**{MAX_EXPONENT // OCTAVE}")
+        what = f"numbers that need a step of 2**{exponent.max() / STEPS_PER_OCTAVE:.4g}"
+        raise UsageError(what, cure=f"Use raw: steps are at most 2**{MAX_EXPONENT // STEPS_PER_OCTAVE}")
     step = step_size(exponent)
     level = levels_of(measured.deviation, step, n_tokens)
     level[_silent(measured, step)] = SILENT

@@ -1,9 +1,11 @@
-"""The loop of `shaping.py` for numba: tokens innermost. No signature with shapes: it is compiled."""
+"""The loop of `shaping.py` for numba: tokens innermost."""
+
+from typing import Any
 
 import numpy as np
 
 
-def feed_back(target, feedback, step, centres):  # noqa: ANN001, ANN201
+def feed_back(target: Any, feedback: Any, step: Any, centres: Any) -> None:
     """Round channel after channel; subtract what its error means for those to come. In place."""
     heads, dim, tokens = target.shape
     error = np.empty(tokens, np.float32)

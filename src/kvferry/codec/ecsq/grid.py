@@ -15,9 +15,9 @@ from jaxtyping import Float32, Float64, Int64
 from kvferry.codec.entropy.symbols import MAX_LEVEL, level_of
 from kvferry.codec.entropy.tables import LOWEST, N_CENTROIDS, tables
 from kvferry.errors import Malformed
+from kvferry.wire.fields import STEPS_PER_OCTAVE
 
-OCTAVE = 64
-_OCTAVE_LOG2 = 6
+_OCTAVE_LOG2 = STEPS_PER_OCTAVE.bit_length() - 1
 CLASS_EXPONENT, CLASS_LEVEL = 32, 2
 """Each precision class is half an octave coarser than the one before."""
 SILENT = LOWEST - 1
@@ -28,7 +28,7 @@ _COARSE_TOKENS = 64
 Exponents = Int64[np.ndarray, " n"]
 
 
-MAX_EXPONENT = 88 * OCTAVE
+MAX_EXPONENT = 88 * STEPS_PER_OCTAVE
 _LARGEST_MEAN = 2.0**126
 """Below 2**31 steps of 2**88, half an octave more for each class, and such a mean, all numbers are finite."""
 
@@ -49,14 +49,16 @@ class Grid:
     def __post_init__(self) -> None:
         highest, mean = int(self.exponent.max(initial=0)), np.abs(self.mean).max(initial=0)
         if highest > MAX_EXPONENT or not mean < _LARGEST_MEAN:
-            what = f"a step of 2**{highest / OCTAVE:.4g} and a mean of {mean:.3g}"
-            cure = f"Steps are at most 2**{MAX_EXPONENT // OCTAVE}, means below {_LARGEST_MEAN:.3g}"
+            what = f"a step of 2**{highest / STEPS_PER_OCTAVE:.4g} and a mean of {mean:.3g}"
+            cure = f"Steps are at most 2**{MAX_EXPONENT // STEPS_PER_OCTAVE}, means below {_LARGEST_MEAN:.3g}"
             raise Malformed(what, cure=cure)
 
 
 @cache
 def _mantissas() -> Float32[np.ndarray, " octave"]:
-    return np.array([float(Decimal(2) ** (Decimal(i) / OCTAVE)) for i in range(OCTAVE)], np.float32)
+    return np.array(
+        [float(Decimal(2) ** (Decimal(i) / STEPS_PER_OCTAVE)) for i in range(STEPS_PER_OCTAVE)], np.float32
+    )
 
 
 def _times_power(numbers: Float32[np.ndarray, " n"], octaves: Exponents) -> Float32[np.ndarray, " n"]:
@@ -73,7 +75,7 @@ def step_size(exponent: Exponents) -> Float32[np.ndarray, " n"]:
     >>> step_size(np.array([0, 64, -128])).tolist()
     [1.0, 2.0, 0.25]
     """
-    return _times_power(_mantissas()[exponent & (OCTAVE - 1)], exponent >> _OCTAVE_LOG2)
+    return _times_power(_mantissas()[exponent & (STEPS_PER_OCTAVE - 1)], exponent >> _OCTAVE_LOG2)
 
 
 def grain_of(n_tokens: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -110,10 +112,10 @@ def class_level(level: Exponents, token_class: Exponents) -> Exponents:
 def whole(
     numbers: Float32[np.ndarray, "rows tokens"],
     mean: Float32[np.ndarray, " rows"],
-    exponent: Int64[np.ndarray, " rows"],
+    step: Float32[np.ndarray, " rows"],
 ) -> Float32[np.ndarray, "rows tokens"]:
     """Numbers in steps from their means, rounded half to even."""
-    return np.rint((numbers - mean[:, None]) * (np.float32(1) / step_size(exponent))[:, None])
+    return np.rint((numbers - mean[:, None]) * (np.float32(1) / step)[:, None])
 
 
 def centre(
@@ -128,5 +130,5 @@ def centre(
 
 def profile_level(deviation_exponent: Exponents, exponent: Exponents) -> Exponents:
     """The level of a channel whose deviation is 2**(deviation_exponent / 64), in integers."""
-    quarter = OCTAVE // 4
+    quarter = STEPS_PER_OCTAVE // 4
     return np.clip((deviation_exponent - exponent + quarter // 2) // quarter, LOWEST, MAX_LEVEL)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 from kvferry.codec.manifest import Manifest
 
@@ -106,7 +106,8 @@ class RowSet:
 def parts_of(manifest: Manifest) -> list[Part]:
     """The parts that follow from who holds which token in which class; a part may have no blocks."""
     parts: list[list[Block]] = [[]]
-    numbers, alike = 0, manifest.classes is None or manifest.classes.max(initial=1) == 1
+    numbers, classes_of = 0, manifest.classes
+    alike = classes_of is None or classes_of.max(initial=1) == 1
     for layer, shape in enumerate(manifest.geometry.layers):
         if numbers >= PART_NUMBERS:
             parts.append([])
@@ -114,16 +115,15 @@ def parts_of(manifest: Manifest) -> list[Part]:
         held = np.flatnonzero(manifest.present[layer])
         for which, dim in enumerate((shape.key_dim, shape.value_dim)):
             if len(held):
-                classes = {1: held} if alike else _by_class(manifest, layer, which, held)
+                classes = (
+                    {1: held} if classes_of is None or alike else _by_class(classes_of[layer, which], held)
+                )
                 parts[-1].append(Block(layer, which, shape.heads, dim, classes))
         numbers += len(held) * shape.heads * (shape.key_dim + shape.value_dim)
     return [Part(tuple(blocks)) for blocks in parts]
 
 
 def _by_class(
-    manifest: Manifest, layer: int, which: int, held: Int64[np.ndarray, " held"]
-) -> dict[int, Int64[np.ndarray, " some"]]:
-    if manifest.classes is None:
-        return {1: held}
-    classes = manifest.classes[layer, which, held]
-    return {int(number): held[classes == number] for number in np.unique(classes)}
+    classes: UInt8[np.ndarray, " tokens"], held: Int64[np.ndarray, " held"]
+) -> dict[int, Int64[np.ndarray, " _"]]:
+    return {int(number): held[classes[held] == number] for number in np.unique(classes[held])}

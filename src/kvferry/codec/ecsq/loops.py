@@ -1,18 +1,19 @@
 """The loops over the numbers of a block for numba; channels innermost, because they lie side by side.
 
 Symbols lie the other way round, tokens innermost: a head at a time is turned in a tile that stays in the cache.
-No signatures with shapes here: these functions are compiled, see `fast.compiled`.
+Arrays have no shapes in their signatures: numba compiles what `fast.compiled` unwraps.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
-GRID_BITS = 16
-"""Of `stats.py`."""
+GRID_BITS, FINEST_GRID = 16, 126
+"""Numbers are rounded to 2**-16 of the channel's largest, and never to less than 2**-126: the sums of `stats.py`."""
 
 
-def measure(block, low, high, scale, total, squares):  # noqa: ANN001, ANN201
+def measure(block: Any, low: Any, high: Any, scale: Any, total: Any, squares: Any) -> None:
     """Fill in, for each channel: extremes over tokens, scale, and sums of rounded numbers and of their squares.
 
     NaN stays where it comes: no comparison with it is true.
@@ -31,7 +32,7 @@ def measure(block, low, high, scale, total, squares):  # noqa: ANN001, ANN201
         for place in range(dim):
             peak = max(abs(np.float64(least[place])), abs(np.float64(most[place])))
             exponent = math.frexp(peak)[1] if peak < np.inf else 1
-            by[place] = math.ldexp(1.0, min(GRID_BITS - exponent, 126))
+            by[place] = math.ldexp(1.0, min(GRID_BITS - exponent, FINEST_GRID))
         for token in range(tokens):
             row = block[head, token]
             for place in range(dim):
@@ -40,7 +41,9 @@ def measure(block, low, high, scale, total, squares):  # noqa: ANN001, ANN201
                 sums2[place] += whole * whole
 
 
-def symbols(block, tokens, mean, inverse, reach, place_of, out, beyond):  # noqa: ANN001, ANN201
+def symbols(
+    block: Any, tokens: Any, mean: Any, inverse: Any, reach: Any, place_of: Any, out: Any, beyond: Any
+) -> None:
     """Write the symbols of `tokens` behind the places `place_of` of their channels' rows; mark rows that escape."""
     heads, _, dim = block.shape
     tile = np.empty((len(tokens), dim), np.uint8)
@@ -64,7 +67,19 @@ def symbols(block, tokens, mean, inverse, reach, place_of, out, beyond):  # noqa
                     to[index] = tile[index, place]
 
 
-def values(out, tokens, symbols, place_of, reach, centre1, centre2, centre3, step, mean, escaped):  # noqa: ANN001, ANN201
+def values(
+    out: Any,
+    tokens: Any,
+    symbols: Any,
+    place_of: Any,
+    reach: Any,
+    centre1: Any,
+    centre2: Any,
+    centre3: Any,
+    step: Any,
+    mean: Any,
+    escaped: Any,
+) -> None:
     """Write the numbers of `tokens` from the symbols in their channels' rows; mark rows that hold an escape.
 
     Magnitudes 1 to 3 have centres of their own. A silent channel, whose place is -1, is its mean.

@@ -16,10 +16,9 @@ from kvferry.kv import KV, Group
 
 @dataclass(frozen=True, eq=False)
 class Reads:
-    """The blocks of the tokens `index` of one sequence of a batch, in float32, one at a time."""
+    """The blocks of the tokens `index` of a single sequence, in float32, one at a time."""
 
     kv: KV
-    row: int
     index: Int64[np.ndarray, " tokens"]
 
     def __call__(self, block: Block) -> BlockArray:
@@ -34,7 +33,7 @@ class Reads:
             (layer, which): tensor
             for group in self.kv.groups
             for which, tensors in enumerate((group.keys, group.values))
-            for layer, tensor in zip(group.layers, tensors.detach()[:, self.row], strict=True)
+            for layer, tensor in zip(group.layers, tensors.detach()[:, 0], strict=True)
         }
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Int64, UInt8
 from kvferry.codec.ecsq.side import HEAD_BYTES, Side, read_heads, read_side, write_side
 from kvferry.codec.entropy.rans import MAX_LANE_BITS, Decoder, encode, lane_count
 from kvferry.codec.entropy.rawbits import BitReader, write_bits
-from kvferry.codec.entropy.symbols import Raw, Rows, cost_bits, expected_bits, join, split
+from kvferry.codec.entropy.symbols import NO_RAW, Raw, Rows, cost_bits, expected_bits, join, split
 from kvferry.errors import Malformed
 from kvferry.wire.varint import read_varint, write_varint
 
@@ -64,7 +64,7 @@ def code_part(side: Side | None, rows: Rows, symbols: Symbols, raw: Raw) -> Code
     return Coded(head, runs, Raw(values, widths))
 
 
-NOTHING = Coded(b"", [], Raw(np.zeros(0, np.int64), np.zeros(0, np.int64)))
+NOTHING = Coded(b"", [], NO_RAW)
 
 
 class PartReader:
@@ -85,7 +85,6 @@ class PartReader:
         self.raw = BitReader(view[len(body) - found[0] :])
 
     def side(self, size: Int64[np.ndarray, " blocks"], n_tokens: Int64[np.ndarray, " blocks"]) -> Side:
-
         base, rows = read_heads(self._heads, size)
         numbers = join(self._decoder.read(rows.run), rows, self.raw)
         return read_side(base, numbers, size, n_tokens)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from kvferry.codec.ecsq.feedback import feed_back
-from kvferry.codec.ecsq.grid import centre, step_size
+from kvferry.codec.ecsq.grid import centre
 from kvferry.codec.ecsq.layout import Block
 from kvferry.codec.ecsq.source import Arrays, BlockArray, Quantised
 from kvferry.codec.entropy.tables import N_CENTROIDS
@@ -53,7 +53,7 @@ def _shape_rows(
     """The tokens of one class of one block."""
     by_channel = (numbers.shape[0], numbers.shape[2])
     mean = quantised.mean[rows].reshape(by_channel)
-    step = step_size(quantised.exponent[rows]).reshape(by_channel)
+    step = quantised.step[rows].reshape(by_channel)
     centres = _centres(quantised.level[rows]).reshape(*by_channel, N_CENTROIDS)
     target = np.ascontiguousarray(numbers.transpose(0, 2, 1)) - mean[..., None]
     (compiled(feed_back) if available() else _feed_back)(target, feedback, step, centres)

@@ -149,7 +149,7 @@ def _numbers(quantised: Quantised, arrays: Arrays, sent: Indices) -> Int64[np.nd
         if len(some):
             rows = group.start + some
             numbers = arrays(block).transpose(0, 2, 1).reshape(block.n_channels, -1)[some][:, held]
-            found = _checked(whole(numbers, quantised.mean[rows], quantised.exponent[rows]))
+            found = _checked(whole(numbers, quantised.mean[rows], quantised.step[rows]))
             out[place[rows][:, None] + np.arange(len(held))] = found
     return out
 

@@ -12,8 +12,6 @@ from jaxtyping import Float32, Float64
 from kvferry.codec.ecsq import loops
 from kvferry.codec.fast import available, compiled
 
-_FINEST = 126
-
 BlockArray = Float32[np.ndarray, "_heads _tokens _dim"]
 
 
@@ -62,7 +60,9 @@ def _block_sums(block: BlockArray) -> _Sums:
     low, high = block.min(axis=1), block.max(axis=1)
     peak = np.maximum(np.abs(low), np.abs(high))
     exponent = np.frexp(np.where(np.isfinite(peak), peak, 1))[1]
-    scale = np.ldexp(np.float32(1), np.minimum(loops.GRID_BITS - exponent, _FINEST)).astype(np.float32)
+    scale = np.ldexp(np.float32(1), np.minimum(loops.GRID_BITS - exponent, loops.FINEST_GRID)).astype(
+        np.float32
+    )
     whole = np.rint(block * scale[:, None]).astype(np.float64)
     total, squares = whole.sum(axis=1), (whole * whole).sum(axis=1)
     return _Sums(low.reshape(-1), high.reshape(-1), scale.reshape(-1), total.reshape(-1), squares.reshape(-1))

@@ -1,9 +1,11 @@
 """The loops of `rans.py` for numba. Same words, same states.
 
 No branch depends on the numbers, but for the loops themselves: a processor cannot guess which lane is full. Indices are
-unsigned, so that none is checked for being negative. No signatures with shapes here: these functions are compiled, see
-`fast.compiled`.
+unsigned, so that none is checked for being negative. Arrays have no shapes in their signatures: numba compiles
+what `fast.compiled` unwraps.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,9 @@ _ONE = np.uint64(1)
 _WORD_LOG2 = np.uint64(4)
 
 
-def encode(symbols, table, lengths, frequency, start, inverse, states, words):  # noqa: ANN001, ANN201
+def encode(
+    symbols: Any, table: Any, lengths: Any, frequency: Any, start: Any, inverse: Any, states: Any, words: Any
+) -> Any:
     """Fill `words`, one longer than needed, from its end, move `states` on, and return how many words there are."""
     mask = np.uint64(len(states)) - _ONE
     at, free = np.uint64(len(symbols)), np.uint64(len(words))
@@ -36,7 +40,17 @@ def encode(symbols, table, lengths, frequency, start, inverse, states, words):  
     return np.uint64(len(words)) - free
 
 
-def decode(words, n_words, used, states, table, lengths, lookup, interval, out):  # noqa: ANN001, ANN201
+def decode(
+    words: Any,
+    n_words: Any,
+    used: Any,
+    states: Any,
+    table: Any,
+    lengths: Any,
+    lookup: Any,
+    interval: Any,
+    out: Any,
+) -> int:
     """Fill `out`, move `states` on, and return the words used so far; more than there are if they did not suffice.
 
     Behind its `n_words`, `words` holds one more for each lane: whether they suffice is only seen once a row of lanes.
@@ -66,7 +80,7 @@ def decode(words, n_words, used, states, table, lengths, lookup, interval, out):
     return used
 
 
-def cost(symbols, table, lengths, costs):  # noqa: ANN001, ANN201
+def cost(symbols: Any, table: Any, lengths: Any, costs: Any) -> Any:
     """The sum of the costs of all symbols."""
     total, at = np.int64(0), np.uint64(0)
     for row in range(len(lengths)):

@@ -109,9 +109,8 @@ class Decoder:
             raise Malformed(what, cure="Write 4 bytes a lane and then words of 2")
         self._states = np.frombuffer(data[: 4 * n_lanes], "<u4").astype(np.uint64)
         self._n_words = len(data) // 2 - 2 * n_lanes
-        self._words = np.zeros(
-            self._n_words + n_lanes, np.uint16
-        )  # a decoder may look one row of lanes ahead
+        # The compiled loop looks one row of lanes ahead.
+        self._words = np.zeros(self._n_words + n_lanes, np.uint16)
         self._words[: self._n_words] = np.frombuffer(data[4 * n_lanes :], "<u2")
         self._used = 0
 

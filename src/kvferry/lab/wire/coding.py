@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvferry.codec import CODECS, Codec, decode
-from kvferry.kv import KV, KeySpace, stack
+from kvferry.kv import KV, stack
 from kvferry.lab.wire.subject import Subject
 from kvferry.wire import pack, unpack
 
@@ -20,14 +20,13 @@ class Coded:
 Coding = Callable[[Subject], Coded]
 
 
-def through_codec(spec: str, space: KeySpace = "content") -> Coding:
+def through_codec(spec: str) -> Coding:
     """One of our codecs: every message packed, unpacked and decoded; the bits are those of `len(message)`."""
     codec = CODECS.parse(spec)
 
     def run(subject: Subject) -> Coded:
-        caches = subject.content if space == "content" else subject.rotated
-        messages = [message_of(codec, kv) for kv in caches.sequences()]
-        decoded = stack([decode(unpack(message), caches.geometry) for message in messages])
+        messages = [message_of(codec, kv) for kv in subject.content.sequences()]
+        decoded = stack([decode(unpack(message), subject.content.geometry) for message in messages])
         return Coded(decoded, 8.0 * sum(map(len, messages)))
 
     return run
