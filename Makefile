@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "kvferry needs Python 3.11 or newer. Run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fast,test,dev,docs,report]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fast,test,dev,docs,report,data,onnx,tensorboard]'
 	@touch $@
 
 demo: $(READY) ## one model reads, another one answers: two processes, real socket, real numbers
