@@ -73,3 +73,10 @@ class Aligner(nn.Module, ABC):
     @abstractmethod
     def forward(self, kv: KV) -> KV:
         """The same tokens, as the receiver would hold them. Content space in, content space out."""
+
+
+class Unfitted(Aligner):
+    """A map that was fitted under no codec, so that nothing lies outside of what it was fitted under: it covers all."""
+
+    def require_codec(self, spec: str) -> None:
+        """Every codec is covered."""

@@ -1,5 +1,7 @@
 """A token's whole cache entry as one vector, and back."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,3 +35,9 @@ def unflatten(features: Float[Tensor, "batch tokens features"], geometry: Geomet
             start += width
         groups.append(Group(members, parts[0], parts[1]))
     return tuple(groups)
+
+
+def as_receiver(kv: KV, features: Float[Tensor, "batch tokens features"], receiver: Geometry) -> KV:
+    """The cache `kv` with `features` in the receiver's geometry. A token that some sender layer lacks is lost for all."""
+    present = kv.present.all(0).expand(receiver.n_layers, -1, -1)
+    return replace(kv, geometry=receiver, groups=unflatten(features, receiver), present=present)

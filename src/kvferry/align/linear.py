@@ -4,7 +4,6 @@ Cross-model ridge maps per head and layer: arXiv:2608.03893. Here one matrix see
 rotation, and may be trained further on the receiver's answers (`kvferry.train`).
 """
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvferry.align.contract import Aligner, Contract
-from kvferry.align.features import unflatten, with_neighbours
+from kvferry.align.features import as_receiver, with_neighbours
 from kvferry.kv import KV
 
 
@@ -42,10 +41,8 @@ class Linear(Aligner):
 def affine(
     kv: KV, weight: Float[Tensor, "features out"], bias: Float[Tensor, " out"], contract: Contract
 ) -> KV:
-    """Apply an affine map to a content-space cache. A token that some sender layer lacks is lost for every layer."""
+    """Apply an affine map to a content-space cache."""
     kv.require_space("content")
     n_neighbours = len(weight) // contract.sender.floats_per_token
     mapped = torch.nn.functional.linear(with_neighbours(kv, n_neighbours), weight.T, bias)
-    present = kv.present.all(0).expand(contract.receiver.n_layers, -1, -1)
-    groups = unflatten(mapped, contract.receiver)
-    return replace(kv, geometry=contract.receiver, groups=groups, present=present)
+    return as_receiver(kv, mapped, contract.receiver)

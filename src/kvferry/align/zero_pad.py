@@ -8,21 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvferry.align.contract import Aligner
+from kvferry.align.contract import Unfitted
 from kvferry.kv import KV, Geometry, Group, LayerGeometry
 
 
-class ZeroPad(Aligner):
-    """Layer i becomes layer i, head h head h, channel c channel c. Nothing is fitted, so it covers every codec.
+class ZeroPad(Unfitted):
+    """Layer i becomes layer i, head h head h, channel c channel c.
 
     It only fits the shapes: no coordinate of one model means anything in another. What it scores is what shape alone
     is worth.
     """
 
     name: ClassVar[str] = "zero_pad"
-
-    def require_codec(self, spec: str) -> None:
-        """Nothing was fitted, so nothing can be outside of what it was fitted under."""
 
     def forward(self, kv: KV) -> KV:
         kv.require_space("content")
