@@ -38,6 +38,6 @@ def unflatten(features: Float[Tensor, "batch tokens features"], geometry: Geomet
 
 
 def as_receiver(kv: KV, features: Float[Tensor, "batch tokens features"], receiver: Geometry) -> KV:
-    """The cache `kv` with `features` in the receiver's geometry. A token that some sender layer lacks is lost for all."""
+    """The cache `kv` with `features` in the receiver's geometry. A token that any layer lacks is lost."""
     present = kv.present.all(0).expand(receiver.n_layers, -1, -1)
     return replace(kv, geometry=receiver, groups=unflatten(features, receiver), present=present)
