@@ -44,15 +44,21 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], roles:
     """`encode` without padding, each text in its own role."""
     if not texts:
         return []
+    dummy = _adds_dummy_space(tokenizer)
+    # The dummy space then stands for the text's own.
+    spaces = [int(dummy and text.startswith(" ") and len(text) > 1) for text in texts]
     found = tokenizer(
-        list(texts),
+        [text[space:] for text, space in zip(texts, spaces, strict=True)],
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,  # length is our business, and an error of ours
     )
-    rows = zip(texts, roles, found["input_ids"], found["offset_mapping"], strict=True)
-    return [_row(tokenizer, text, role, list(ids), offsets) for text, role, ids, offsets in rows]
+    rows = zip(texts, roles, found["input_ids"], found["offset_mapping"], spaces, strict=True)
+    return [
+        _row(tokenizer, text, role, list(ids), _moved(tokenizer, ids, offsets) if space else offsets)
+        for text, role, ids, offsets, space in rows
+    ]
 
 
 def pad(rows: Sequence[Row]) -> Tokens:
@@ -103,8 +109,24 @@ def _row(
     return ids, Spans(np.zeros(len(ids), np.int32), start, end, np.full(len(ids), role, np.uint8))
 
 
+def _adds_dummy_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the normaliser puts a "▁" before every text (SentencePiece style)."""
+    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])  # type: ignore[index]
+    return bool(first) and str(first[0]).startswith("▁")
+
+
+def _moved(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Offsets of a text that was tokenised without its first space, which belongs to the first token."""
+    if not ids:
+        return []
+    end = 1 if tokenizer.convert_ids_to_tokens(ids[0]) == "▁" else offsets[0][1] + 1
+    return [(0, end), *((first + 1, last + 1) for first, last in offsets[1:])]
+
+
 def _starts_with_dummy_space(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> bool:
-    """A lone "▁" that the normaliser put before a text without leading space (SentencePiece style)."""
+    """A lone "▁" that the normaliser put before a text without leading space."""
     return bool(ids) and not text.startswith((" ", "▁")) and tokenizer.convert_ids_to_tokens(ids[0]) == "▁"
 
 
