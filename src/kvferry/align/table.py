@@ -3,5 +3,6 @@
 ALIGNERS = {
     "identity": "kvferry.align.identity:Identity",
     "linear": "kvferry.align.linear:Linear",
+    "residual_mlp": "kvferry.align.residual_mlp:ResidualMLP",
     "zero_pad": "kvferry.align.zero_pad:ZeroPad",
 }
