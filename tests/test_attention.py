@@ -11,10 +11,11 @@ from architectures import ARCHITECTURES
 from kvferry.errors import ShapeMismatch
 from kvferry.metrics.attention import (
     Scores,
+    attention_logits,
     attention_outputs,
-    attention_weights,
     cosine,
     relative_error,
+    softmax_seen,
     visible_slots,
 )
 from kvferry.metrics.likeness import attention_output_cosine, attention_reads
@@ -43,7 +44,8 @@ def test_weights_are_those_of_the_model(name):
     for layer, scores in enumerate(scores_of(model)):
         keys, _ = kv.layer(layer)
         visible = visible_slots(kv.geometry.layers[layer], mask, kv.positions[0], kv.positions[0])
-        weights = attention_weights(evidence.queries_rotated[layer], keys, visible, scores)
+        logits = attention_logits(evidence.queries_rotated[layer], keys, scores)
+        weights = softmax_seen(logits, visible, scores.sinks)
         mass = (weights * mask[:, None, :, None]).sum(2).unflatten(1, (keys.shape[1], -1)).sum(2)
         torch.testing.assert_close(mass * mask.unsqueeze(1), evidence.attention_mass[layer])
 

@@ -28,28 +28,38 @@ class Scores:
     sinks: Float[Tensor, " queries"] | None = None
 
 
-def attention_weights(
+def attention_logits(
     queries: Float[Tensor, "batch queries new dim"],
     keys: Float[Tensor, "batch heads tokens dim"],
-    visible: Bool[Tensor, "batch new tokens"],
     scores: Scores,
 ) -> Float[Tensor, "batch queries new tokens"]:
-    """Softmax weights, in fp32 or finer. A query that sees nothing has weights of zero. Raises `ShapeMismatch`."""
+    """Arguments of the softmax, in fp32 or finer, without sinks. Raises `ShapeMismatch`."""
     n_heads, exact = keys.shape[1], torch.promote_types(queries.dtype, torch.float32)
     if queries.shape[1] % n_heads:
         what = f"{queries.shape[1]} query heads on {n_heads} key heads"
         raise ShapeMismatch(what, cure="Give queries and keys of one layer")
     shared = queries.to(exact).unflatten(1, (n_heads, -1))
     logits = torch.einsum("bhgnd,bhtd->bhgnt", shared, keys.to(exact)).flatten(1, 2) * scores.scale
-    if scores.soft_cap is not None:
-        logits = scores.soft_cap * torch.tanh(logits / scores.soft_cap)
-    if scores.sinks is not None:
-        sinks = scores.sinks.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits, visible = torch.cat([logits, sinks], -1), torch.nn.functional.pad(visible, (0, 1), value=True)
+    return logits if scores.soft_cap is None else scores.soft_cap * torch.tanh(logits / scores.soft_cap)
+
+
+def softmax_seen(
+    logits: Float[Tensor, "batch queries new tokens"],
+    visible: Bool[Tensor, "batch new tokens"],
+    sinks: Float[Tensor, " queries"] | None,
+) -> Float[Tensor, "batch queries new tokens"]:
+    """Weights of the visible slots, beside a sink where there is one; all zero for a query that sees nothing."""
+    n_tokens = logits.shape[-1]
+    if sinks is not None:
+        column = sinks.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits, visible = (
+            torch.cat([logits, column], -1),
+            torch.nn.functional.pad(visible, (0, 1), value=True),
+        )
     hidden = ~visible.unsqueeze(1)
     # The lowest finite number, not -inf: the gradient of a row that sees nothing must not be NaN.
-    weights = logits.masked_fill(hidden, torch.finfo(exact).min).softmax(-1).masked_fill(hidden, 0.0)
-    return weights[..., : keys.shape[2]]
+    lowest = torch.finfo(logits.dtype).min
+    return logits.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)[..., :n_tokens]
 
 
 def attention_outputs(
@@ -69,7 +79,7 @@ def attention_outputs(
     3.0
     """
     how = scores if isinstance(scores, Scores) else Scores(float(scores))
-    weights = attention_weights(queries, keys, visible, how)
+    weights = softmax_seen(attention_logits(queries, keys, how), visible, how.sinks)
     shared = weights.unflatten(1, (keys.shape[1], -1))
     return torch.einsum("bhgnt,bhtd->bhgnd", shared, values.to(weights.dtype)).flatten(1, 2)
 

@@ -57,6 +57,19 @@ class Likeness:
         return float(torch.cat(self.error).mean())
 
 
+def likeness(
+    got: Sequence[Float[Tensor, "batch queries new value_dim"]],
+    want: Sequence[Float[Tensor, "batch queries new value_dim"]],
+    mask: Bool[Tensor, "batch new"],
+) -> Likeness:
+    """Compare what was read, layer by layer, by the queries in `mask`."""
+    pairs = list(zip(got, want, strict=True))
+    return Likeness(
+        tuple(cosine(one, other, mask) for one, other in pairs),
+        tuple(relative_error(one, other, mask) for one, other in pairs),
+    )
+
+
 def attention_output_cosine(
     own: KV,
     mapped: KV,
@@ -73,8 +86,4 @@ def attention_output_cosine(
     with torch.no_grad():
         wanted = attention_reads(own, queries, query_positions, scores)
         got = attention_reads(mapped, queries, query_positions, scores)
-    pairs = list(zip(got, wanted, strict=True))
-    return Likeness(
-        tuple(cosine(one, other, mask) for one, other in pairs),
-        tuple(relative_error(one, other, mask) for one, other in pairs),
-    )
+    return likeness(got, wanted, mask)
