@@ -7,6 +7,8 @@ KvferryError
 │   ├── EmptyContext            nothing to read
 │   ├── ContextTooLong          more tokens than the model has positions for
 │   ├── BudgetTooSmall          no message fits the cap; carries the smallest cap that would do
+│   ├── UncertifiableMap        no useful bound can be proven for this map
+│   ├── TrainingDiverged        a loss, gradient or weight that is no number; carries the step
 │   └── MissingExtra            an optional dependency is not installed
 ├── CacheError                  a cache in the hand is not what it must be
 │   ├── ShapeMismatch           tensors, masks or positions disagree
@@ -100,6 +102,18 @@ class BudgetTooSmall(UsageError):
             f"the cap of {max_bytes} bytes is below the smallest message, {smallest_bytes} bytes",
             cure=f"Allow at least {smallest_bytes} bytes or choose a coarser codec",
         )
+
+
+class UncertifiableMap(UsageError): ...
+
+
+class TrainingDiverged(UsageError):
+    """Training met NaN or infinity and stopped; the module holds the weights that `kept` names."""
+
+    def __init__(self, step: int, what: str, kept: str) -> None:
+        self.step = step
+        cure = "Lower the learning rate, or look for NaN in the models and the data"
+        super().__init__(f"{what} at step {step}; the weights in hand are {kept}", cure=cure)
 
 
 class MissingExtra(UsageError):
