@@ -170,7 +170,7 @@ def member(name: str, contract: Contract) -> Aligner:
     aligner = aligner_class(name)(contract)
     for parameter in aligner.parameters():
         torch.nn.init.normal_(parameter)
-    return aligner
+    return aligner.eval()
 
 
 @pytest.mark.parametrize("name", ALIGNERS)
