@@ -303,7 +303,7 @@ def test_segments(data, error):
 
 
 def test_unknown_ancillary_segments_are_skipped_and_kept():
-    data = forge.frame(forge.segment(9, b"?", flags=0), forge.TEXT, forge.segment(99, b"!", flags=0))
+    data = forge.frame(forge.segment(12, b"?", flags=0), forge.TEXT, forge.segment(99, b"!", flags=0))
     frame = unpack(data)
     assert [segment.body for segment in frame.skipped] == [b"?", b"!"]
     assert [segment.body for segment in frame.segments] == [b"hi"]

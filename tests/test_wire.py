@@ -66,7 +66,7 @@ FIELDS = st.fixed_dictionaries(
         "tokenizer_hash": U64,
         "profile_hash": U64,
         "segments": st.lists(st.tuples(st.sampled_from(KNOWN), st.binary(max_size=200)), max_size=6),
-        "skipped": st.lists(st.tuples(st.sampled_from([0, 9, 99, 254]), st.binary(max_size=9)), max_size=3),
+        "skipped": st.lists(st.tuples(st.sampled_from([0, 12, 99, 254]), st.binary(max_size=9)), max_size=3),
     }
 )
 
@@ -200,11 +200,11 @@ def test_a_key_has_16_to_64_bytes(key):
         {"minor": 256},
         {"model_hash": 2**64, "short": True},
         {"segments": (Segment(SegmentType.END, b""),)},
-        {"segments": (Segment(9, b""),)},
+        {"segments": (Segment(12, b""),)},
         {"segments": (Segment(SegmentType.SPEC, b"", critical=False),)},
         {"segments": (Segment(SegmentType.SPANS, b""),)},
         {"skipped": (Segment(SegmentType.SPEC, b""),)},
-        {"skipped": (Segment(9, b"", critical=True),)},
+        {"skipped": (Segment(12, b"", critical=True),)},
     ],
 )
 def test_pack_refuses_what_it_could_not_read_again(fields):

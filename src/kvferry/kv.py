@@ -39,25 +39,33 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Spans:
-    """Where each token of one sequence comes from: byte range `[start, end)` of a part, and its role."""
+    """Where each token of one sequence comes from: byte range `[start, end)` of a part, and its role.
+
+    `overlap` is None on the tokens' own grid. On another model's grid it is the class, 0 to 7, of how each token lies
+    to the tokens that it was pooled from (`kvferry.align.spans`).
+    """
 
     part: NDArray[np.int32]
     start: NDArray[np.int32]
     end: NDArray[np.int32]
     role: NDArray[np.uint8]
+    overlap: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.role)
 
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_]) -> "Spans":
         """The spans of some tokens, by number or by mask."""
-        return Spans(self.part[index], self.start[index], self.end[index], self.role[index])
+        overlap = None if self.overlap is None else self.overlap[index]
+        return Spans(self.part[index], self.start[index], self.end[index], self.role[index], overlap)
 
     def widen(self, width: int) -> "Spans":
         """Padding in front, up to `width` tokens."""
         zeros = np.zeros(width - len(self), np.int32)
         part, start, end = (np.concatenate([zeros, numbers]) for numbers in (self.part, self.start, self.end))
-        return Spans(part, start, end, np.concatenate([np.full(len(zeros), Role.PAD, np.uint8), self.role]))
+        role = np.concatenate([np.full(len(zeros), Role.PAD, np.uint8), self.role])
+        overlap = None if self.overlap is None else np.concatenate([zeros.astype(np.uint8), self.overlap])
+        return Spans(part, start, end, role, overlap)
 
 
 @dataclass(frozen=True)

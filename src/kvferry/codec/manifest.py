@@ -17,7 +17,7 @@ from kvferry.codec.classes import MAX_CLASS, read_classes, write_classes
 from kvferry.codec.extent import read_shape, read_tokens, write_shape, write_tokens
 from kvferry.errors import ForeignModel, ForeignProfile, LimitExceeded, Malformed, ShapeMismatch, UsageError
 from kvferry.kv import KV, Geometry, Group, KeySpace, Spans
-from kvferry.wire import Agreement, Frame, FrameType, Limits, MessageKind, Segment, SegmentType
+from kvferry.wire import Agreement, Frame, FrameType, Limits, MessageKind, Segment, SegmentType, TokenGrid
 
 _MAX_POSITION = 1 << 31
 _SPARE_BYTES, _BYTES_PER_TOKEN, _BYTES_PER_SLOT = 1 << 16, 32, 4
@@ -68,13 +68,14 @@ class Manifest:
         return self.present.sum(axis=1).tolist()
 
     def segments(self) -> tuple[Segment, ...]:
-        """Everything but spans, which are not sent unless asked for: SHAPE, TOKENS, POSITIONS, ROLES, CLASSES."""
+        """Everything but spans, which are not sent unless asked for."""
         bodies = {
             SegmentType.SHAPE: write_shape(seg.shape_runs(self.geometry), self.space, self.call_length),
             SegmentType.TOKENS: write_tokens(self.present),
             SegmentType.POSITIONS: seg.write_positions(self.positions),
             SegmentType.ROLES: seg.write_roles(self.spans.role),
             SegmentType.CLASSES: None if self.classes is None else write_classes(self.classes),
+            SegmentType.OVERLAPS: seg.write_overlaps(self.spans.overlap),
         }
         return tuple(Segment(kind, body) for kind, body in bodies.items() if body is not None)
 
@@ -153,8 +154,15 @@ def kv_frame(
         geometry_hash=agreed.geometry_hash,
         tokenizer_hash=agreed.tokenizer_hash,
         profile_hash=profile_hash,
+        grid=_grid(segments),
         segments=segments,
     )
+
+
+def _grid(segments: tuple[Segment, ...]) -> TokenGrid:
+    """A cache that says how its tokens overlap the sender's own stands on the receiver's."""
+    on_receivers = any(segment.type == SegmentType.OVERLAPS for segment in segments)
+    return TokenGrid.RECEIVER if on_receivers else TokenGrid.SENDER
 
 
 def agreement_of(geometry: Geometry, profile_hash: int = 0) -> Agreement:
@@ -178,7 +186,8 @@ def read_manifest(frame: Frame, geometry: Geometry, limits: Limits, uses: Uses =
     if np.abs(positions).max(initial=0) >= _MAX_POSITION:
         raise Malformed(f"a position beyond {_MAX_POSITION}", cure="Positions count tokens")
     roles = seg.read_roles(frame.body(SegmentType.ROLES), n)
-    spans = seg.read_spans(frame.body(SegmentType.SPANS), roles)
+    overlap = seg.read_overlaps(frame.body(SegmentType.OVERLAPS), n)
+    spans = seg.read_spans(frame.body(SegmentType.SPANS), roles, overlap)
     classes = read_classes(frame.body(SegmentType.CLASSES), present) if uses.classes else None
     manifest = Manifest(geometry, space, call_length, present, positions, spans, classes)
     _check_canonical(frame, manifest, uses)
@@ -258,6 +267,9 @@ def _checked_shape(frame: Frame, geometry: Geometry) -> tuple[KeySpace, int]:
 
 
 def _check_canonical(frame: Frame, manifest: Manifest, uses: Uses) -> None:
+    if frame.grid != _grid(frame.segments):
+        what = f"the header says the {frame.grid.name.lower()} grid, the segments do not"
+        raise Malformed(what, cure="Write OVERLAPS on the receiver's grid, and only there")
     again = manifest.segments()
     elsewhere = {SegmentType.SPEC, SegmentType.PAYLOAD, *([SegmentType.WEIGHTS] if uses.weights else [])}
     if frame.body(SegmentType.SPANS) is not None:

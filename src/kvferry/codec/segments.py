@@ -8,13 +8,16 @@ Bytes are specified in docs/format.md.
 from itertools import groupby
 
 import numpy as np
+import torch
 from jaxtyping import Int, UInt8
 
+from kvferry.codec.bits import pack_codes, packed_length, unpack_codes
 from kvferry.codec.varints import read_varints, unzigzag, write_varints, zigzag
 from kvferry.errors import Malformed
 from kvferry.kv import Geometry, Spans
 
 _SPAN_NUMBERS = 3
+_OVERLAP_BITS = 3
 
 
 def shape_runs(geometry: Geometry) -> list[tuple[int, int, int, int]]:
@@ -85,6 +88,20 @@ def read_roles(body: bytes | None, n_tokens: int) -> UInt8[np.ndarray, " tokens"
     return np.repeat(roles, lengths).astype(np.uint8)
 
 
+def write_overlaps(overlap: UInt8[np.ndarray, " tokens"] | None) -> bytes | None:
+    """Three bits a token; None on the sender's own grid."""
+    return None if overlap is None else pack_codes(torch.from_numpy(overlap), _OVERLAP_BITS).numpy().tobytes()
+
+
+def read_overlaps(body: bytes | None, n_tokens: int) -> UInt8[np.ndarray, " tokens"] | None:
+    if body is None:
+        return None
+    if len(body) != packed_length(n_tokens, _OVERLAP_BITS):
+        what = f"OVERLAPS of {len(body)} bytes for {n_tokens} tokens"
+        raise Malformed(what, cure=f"Write {_OVERLAP_BITS} bits per token")
+    return unpack_codes(torch.frombuffer(bytearray(body), dtype=torch.uint8), _OVERLAP_BITS, n_tokens).numpy()
+
+
 def write_spans(spans: Spans) -> bytes:
     """Per token the distance of its part and start from the token before, and its length."""
     part, start, end = (column.astype(np.int64) for column in (spans.part, spans.start, spans.end))
@@ -92,10 +109,14 @@ def write_spans(spans: Spans) -> bytes:
     return write_varints(zigzag(np.stack(columns, axis=1).ravel()))
 
 
-def read_spans(body: bytes | None, roles: UInt8[np.ndarray, " tokens"]) -> Spans:
+def read_spans(
+    body: bytes | None,
+    roles: UInt8[np.ndarray, " tokens"],
+    overlap: UInt8[np.ndarray, " tokens"] | None = None,
+) -> Spans:
     if body is None:
         nowhere = np.zeros(len(roles), np.int32)
-        return Spans(nowhere, nowhere, nowhere, roles)
+        return Spans(nowhere, nowhere, nowhere, roles, overlap)
     numbers = unzigzag(read_varints(body))
     if len(numbers) != _SPAN_NUMBERS * len(roles):
         what = f"SPANS of {len(numbers)} numbers for {len(roles)} tokens"
@@ -105,4 +126,4 @@ def read_spans(body: bytes | None, roles: UInt8[np.ndarray, " tokens"]) -> Spans
     end = start + columns[:, 2]
     if max(int(np.abs(column).max(initial=0)) for column in (part, start, end)) >= 1 << 31:
         raise Malformed("SPANS reaches beyond 2**31", cure="Split the text into parts")
-    return Spans(part.astype(np.int32), start.astype(np.int32), end.astype(np.int32), roles)
+    return Spans(part.astype(np.int32), start.astype(np.int32), end.astype(np.int32), roles, overlap)

@@ -29,6 +29,7 @@ class SegmentType(IntEnum):
     SPANS = 6
     CLASSES = 7
     WEIGHTS = 8
+    OVERLAPS = 9
     PAYLOAD = 16
     TEXT = 32
     JSON = 33

@@ -43,7 +43,7 @@ class Message:
 
     @cached_property
     def _before(self) -> tuple[Segment, ...]:
-        return (*self.head, *self.scheme.segments())
+        return tuple(sorted((*self.head, *self.scheme.segments()), key=lambda segment: segment.type))
 
     def _code(self, measured: Measured, step: int) -> Coded:
         side, grid = self.scheme.plan(measured, step)
