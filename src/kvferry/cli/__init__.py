@@ -9,6 +9,7 @@ from kvferry.cli.aligners import aligners
 from kvferry.cli.ask import ask
 from kvferry.cli.bench import bench
 from kvferry.cli.bytes import count_bytes
+from kvferry.cli.certify import certify
 from kvferry.cli.demo import demo
 from kvferry.cli.fit import fit
 from kvferry.cli.group import Verbs
@@ -32,6 +33,7 @@ app.command()(inspect)
 app.command("bytes")(count_bytes)
 app.command()(demo)
 app.command()(fit)
+app.command()(certify)
 app.command()(profile)
 app.command()(aligners)
 app.add_typer(bench, name="bench")
