@@ -58,6 +58,24 @@ def bench_wire(
     _show(result)
 
 
+@bench.command("fuse")
+def bench_fuse(
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 170,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 5,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
+) -> None:
+    """Milliseconds and megabytes of our fuser and of the published one (needs 4 GB of memory)."""
+    from rich.console import Console
+
+    from kvferry.lab.fusion_speed import Settings, fusion_sheet, run_bench, save_fusion
+    from kvferry.lab.wire.tables import rich_table
+
+    result = run_bench(Settings(tokens=tokens, repeats=repeats), Console(stderr=True).print)
+    if json:
+        save_fusion(result, json)
+    Console(highlight=False).print(rich_table(fusion_sheet(result)))
+
+
 def _parts(text: str | None, separator: str) -> tuple[str, ...] | None:
     if text is None:
         return None

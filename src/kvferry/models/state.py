@@ -7,6 +7,7 @@ Rule 3: one `DynamicCache` without config, which keeps every slot on sliding lay
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvferry.errors import ContextTooLong, ForeignModel, ShapeMismatch, UsageError
-from kvferry.kv import KV
+from kvferry.kv import KV, Group, Spans
 from kvferry.models.load import Model
 from kvferry.models.rotary import reset_call_state
 from kvferry.models.tap import Pass, call_filler, controlled, inner_implementation
@@ -24,7 +25,7 @@ from kvferry.rope import rotate
 
 @dataclass
 class State:
-    """A model's working cache. Created by `empty`, grown by `read` and `inject`."""
+    """A model's working cache. Created by `empty`, grown by `read` and `inject`, changed by `put`."""
 
     model: Model
     cache: DynamicCache
@@ -93,11 +94,7 @@ def inject(
     Raises `ForeignModel` for a cache of another geometry, `ShapeMismatch` for rotated keys that would move.
     """
     model = state.model
-    if kv.geometry.model != model.geometry.model:
-        cure = "Align it to this model first"
-        raise ForeignModel(
-            f"a cache of model {kv.geometry.model[:16]} for {model.geometry.model[:16]}", cure=cure
-        )
+    _require_own(model, kv)
     if kv.space == "rotated" and not bool((kv.positions[0] == positions)[kv.present.any(0)].all()):
         raise ShapeMismatch(
             "rotated keys at other positions", cure="Inject at kv.positions, or capture content keys"
@@ -115,6 +112,49 @@ def inject(
     _append_slots(state, present, positions)
     state.same_everywhere = state.same_everywhere and bool((present == present[:1]).all())
     state.next_position = next_position.to(model.device)
+
+
+def held(state: State, spans: tuple[Spans, ...]) -> KV:
+    """The first slots that the state holds, as a cache with rotated keys; one for each token of `spans`.
+
+    Raises `ShapeMismatch` where the state holds fewer.
+    """
+    n_tokens, geometry = len(spans[0]), state.model.geometry
+    if n_tokens > state.positions.shape[1]:
+        cure = "Give the spans of what the state has read"
+        raise ShapeMismatch(f"{n_tokens} tokens of {state.positions.shape[1]} slots", cure=cure)
+    return KV(
+        geometry=geometry,
+        groups=tuple(_held_group(state, members, n_tokens) for members in geometry.groups()),
+        present=state.valid[..., :n_tokens],
+        positions=state.positions[:, :n_tokens].unsqueeze(0),
+        spans=spans,
+        space="rotated",
+        call_length=state.call_length,
+    )
+
+
+def put(state: State, kv: KV) -> None:
+    """Overwrite keys and values of the first slots by those of a cache with rotated keys, as `held` gave it.
+
+    Slots stay where they are and as valid as they were. Raises `ForeignModel`, `ShapeMismatch`, `WrongKeySpace`.
+    """
+    model = state.model
+    kv.require_space("rotated")
+    _require_own(model, kv)
+    if kv.present.shape[1:] != state.valid[..., : kv.n_tokens].shape[1:]:
+        cure = "Give a cache of the slots that the state holds"
+        raise ShapeMismatch(
+            f"{kv.n_batch} x {kv.n_tokens} slots for {tuple(state.positions.shape)}", cure=cure
+        )
+    cache = DynamicCache()
+    for index in range(model.geometry.n_layers):
+        keys, values = kv.layer(index)
+        cache.update(keys.to(model.dtype), values.to(model.dtype), index)
+        if kv.n_tokens < state.positions.shape[1]:
+            keys, values = (part[:, :, kv.n_tokens :] for part in _slots(state, index))
+            cache.update(keys, values, index)
+    state.cache = cache
 
 
 def generate_inputs(state: State, tokens: Tokens) -> dict[str, Tensor | DynamicCache]:
@@ -139,6 +179,24 @@ def generate_inputs(state: State, tokens: Tokens) -> dict[str, Tensor | DynamicC
         "attention_mask": mask.long(),
         "position_ids": positions,
     }
+
+
+def _require_own(model: Model, kv: KV) -> None:
+    if kv.geometry.model != model.geometry.model:
+        cure = "Align it to this model first"
+        raise ForeignModel(
+            f"a cache of model {kv.geometry.model[:16]} for {model.geometry.model[:16]}", cure=cure
+        )
+
+
+def _slots(state: State, index: int) -> tuple[Tensor, Tensor]:
+    layer: Any = state.cache.layers[index]
+    return layer.keys, layer.values
+
+
+def _held_group(state: State, members: tuple[int, ...], n_tokens: int) -> Group:
+    keys, values = zip(*(_slots(state, index) for index in members), strict=True)
+    return Group(members, torch.stack(keys)[..., :n_tokens, :], torch.stack(values)[..., :n_tokens, :])
 
 
 def _forward(state: State, ids: Tensor, positions: Tensor, keep: int) -> Float[Tensor, "batch keep vocab"]:
