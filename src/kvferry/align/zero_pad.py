@@ -1,7 +1,5 @@
 """The naive map, as a control: cut what is too much, fill with zeros what is missing."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,40 +7,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvferry.align.contract import Unfitted
-from kvferry.kv import KV, Geometry, Group, LayerGeometry
+from kvferry.align.layerwise import Layer, layer_by_layer
+from kvferry.kv import KV, LayerGeometry
 
 
 class ZeroPad(Unfitted):
-    """Layer i becomes layer i, head h head h, channel c channel c.
+    """Layer i becomes layer i, head h head h, channel c channel c; what is missing is zero.
 
     It only fits the shapes: no coordinate of one model means anything in another. What it scores is what shape alone
-    is worth.
+    is worth, or less: a key of zeros is still attended to. `truncate` leaves no layer out.
     """
 
     name: ClassVar[str] = "zero_pad"
 
     def forward(self, kv: KV) -> KV:
         kv.require_space("content")
-        receiver = self.contract.receiver
-        groups = tuple(_group(kv, receiver, members) for members in receiver.groups())
-        present = kv.present.all(0).expand(receiver.n_layers, -1, -1)
-        return replace(kv, geometry=receiver, groups=groups, present=present)
+
+        def make(index: int, layer: LayerGeometry) -> Layer:
+            keys, values = _states(kv, index)
+            return _fit(keys, layer.heads, layer.key_dim), _fit(values, layer.heads, layer.value_dim)
+
+        return layer_by_layer(kv, self.contract.receiver, make)
 
 
-def _group(kv: KV, receiver: Geometry, members: Sequence[int]) -> Group:
-    layer = receiver.layers[members[0]]
-    pairs = [_layer(kv, index, layer) for index in members]
-    return Group(
-        tuple(members), torch.stack([keys for keys, _ in pairs]), torch.stack([values for _, values in pairs])
-    )
-
-
-def _layer(kv: KV, index: int, layer: LayerGeometry) -> tuple[Tensor, Tensor]:
-    if index >= kv.geometry.n_layers:
-        empty = torch.zeros(kv.n_batch, 0, kv.n_tokens, 0, device=kv.device)
-        return _fit(empty, layer.heads, layer.key_dim), _fit(empty, layer.heads, layer.value_dim)
-    keys, values = kv.layer(index)
-    return _fit(keys, layer.heads, layer.key_dim), _fit(values, layer.heads, layer.value_dim)
+def _states(kv: KV, index: int) -> Layer:
+    empty = torch.zeros(kv.n_batch, 0, kv.n_tokens, 0, device=kv.device)
+    return kv.layer(index) if index < kv.geometry.n_layers else (empty, empty)
 
 
 def _fit(
