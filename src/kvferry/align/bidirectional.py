@@ -29,6 +29,7 @@ class BiDirectionalProjector(Aligner):
     """
 
     name: ClassVar[str] = "bidirectional"
+    neighbours = 1
 
     def __init__(self, contract: Contract, sources: Layers | None = None, back: Layers | None = None) -> None:
         super().__init__(contract)

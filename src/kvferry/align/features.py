@@ -18,8 +18,13 @@ def flatten(kv: KV) -> Float[Tensor, "batch tokens features"]:
 
 def with_neighbours(kv: KV, n: int) -> Float[Tensor, "batch tokens wide"]:
     """`flatten` of each token, of the one before, ... of the `n - 1`-th before; zero where there is none."""
-    features = flatten(kv) * kv.present.all(0).unsqueeze(-1)
-    return torch.cat([functional.pad(features, (0, 0, back, 0))[:, : kv.n_tokens] for back in range(n)], -1)
+    return look_back(flatten(kv) * kv.present.all(0).unsqueeze(-1), n)
+
+
+def look_back(features: Float[Tensor, "batch tokens features"], n: int) -> Float[Tensor, "batch tokens wide"]:
+    """`with_neighbours` for features in the hand, which are zero for tokens that are not there."""
+    n_tokens = features.shape[1]
+    return torch.cat([functional.pad(features, (0, 0, back, 0))[:, :n_tokens] for back in range(n)], -1)
 
 
 def unflatten(features: Float[Tensor, "batch tokens features"], geometry: Geometry) -> tuple[Group, ...]:

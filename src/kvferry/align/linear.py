@@ -37,6 +37,10 @@ class Linear(Aligner):
     def forward(self, kv: KV) -> KV:
         return affine(kv, self.weight, self.bias, self.contract)
 
+    def map(self, wide: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+        """The receiver's features of sender features with their neighbours'."""
+        return torch.nn.functional.linear(wide, self.weight.T, self.bias)
+
 
 def affine(
     kv: KV, weight: Float[Tensor, "features out"], bias: Float[Tensor, " out"], contract: Contract

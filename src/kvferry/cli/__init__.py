@@ -11,6 +11,7 @@ from kvferry.cli.bench import bench
 from kvferry.cli.bytes import count_bytes
 from kvferry.cli.certify import certify
 from kvferry.cli.demo import demo
+from kvferry.cli.export import export
 from kvferry.cli.fit import fit
 from kvferry.cli.group import Verbs
 from kvferry.cli.inspect import inspect
@@ -33,6 +34,7 @@ app.command()(inspect)
 app.command("bytes")(count_bytes)
 app.command()(demo)
 app.command()(fit)
+app.command()(export)
 app.command()(certify)
 app.command()(profile)
 app.command()(aligners)
