@@ -1,5 +1,6 @@
 """Bounds are tried on more cases than could ever pass by luck, on the worst ones too; maps by their own arithmetic."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,17 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
 import contract as caches
 from architectures import ARCHITECTURES
 from kvferry.align.contract import Contract, Unfitted
 from kvferry.align.features import as_receiver, flatten, with_neighbours
-from kvferry.align.folder import load_aligner
+from kvferry.align.folder import load_aligner, save_aligner
 from kvferry.align.identity import Identity
 from kvferry.align.linear import Linear
 from kvferry.align.residual_mlp import ResidualMLP
 from kvferry.align.shipped import aligner_path
 from kvferry.align.zero_pad import ZeroPad
+from kvferry.cli import app
 from kvferry.codec import CODECS, roundtrip
 from kvferry.errors import ForeignModel, UncertifiableMap, UsageError
 from kvferry.metrics.attention import Scores, attention_logits
@@ -395,3 +398,32 @@ def test_foreign_models_and_no_texts_are_refused(way):
         certify(replace(way, sender=way.receiver), Worlds(), n=2)
     with pytest.raises(UsageError, match="0 texts"):
         certify(way, Worlds(), n=0)
+
+
+def certified(*words):
+    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, ["certify", *words])
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path):
+    out = tmp_path / "certificate.json"
+    done = certified("llama-to-gemma3", "--codec", "int(bits=2)", "--n", "2", "--json", str(out))
+    assert done.exit_code == 0
+    assert "not covered" in done.stdout and "VACUOUS" in done.stdout
+    found = json.loads(out.read_text())
+    assert found["vacuous"] and not found["covered"]
+    assert [row["broken"] for row in found["layers"]] == [0] * 4
+    assert all(row["ratio"] == row["certified"] / row["moved"] for row in found["layers"])
+
+
+def test_the_command_says_of_how_many_reads_it_says_something():
+    done = certified("llama-to-gemma3", "--codec", "raw", "--n", "1")
+    assert done.exit_code == 0
+    assert "says something of 100%" in done.stdout
+
+
+def test_the_command_refuses_with_a_cure(tmp_path):
+    assert "Known: llama-to-gemma3" in certified("nix").output
+    assert "Give --receiver" in certified("llama-to-qwen3").output
+    save_aligner(Linear(contract_between()), tmp_path / "foreign", "")
+    done = certified(str(tmp_path / "foreign"))
+    assert done.exit_code == 1 and "Fit an aligner for this pair" in done.output

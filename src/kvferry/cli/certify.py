@@ -109,10 +109,18 @@ def _table(found: "Certificate") -> "Table":
     for column in columns:
         table.add_column(column, justify="right")
     for row in found.layers:
-        errors = (row.lipschitz_k, row.lipschitz_v, row.key_error, row.value_error)
-        moves = (row.moved, row.given, row.certified, row.ratio or float("nan"))
+        numbers = (
+            row.lipschitz_k,
+            row.lipschitz_v,
+            row.key_error,
+            row.value_error,
+            row.moved,
+            row.given,
+            row.certified,
+        )
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
         table.add_row(
-            str(row.layer), *(f"{number:.3g}" for number in (*errors, *moves)), f"{row.vacuous_certified:.0%}"
+            str(row.layer), *(f"{number:.3g}" for number in numbers), ratio, f"{row.vacuous_certified:.0%}"
         )
     return table
 
