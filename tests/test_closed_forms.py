@@ -16,6 +16,7 @@ from kvferry.align.blocks import BlockMap, block_sums, blocks_of, cells, layer_f
 from kvferry.align.blockwise import Blockwise, layer_errors, solve_blocks, unexplained
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.features import flatten, unflatten, with_neighbours
+from kvferry.align.folder import load_aligner, save_aligner
 from kvferry.align.interpolate import Interpolate, interpolation
 from kvferry.align.layer_map import LAYER_MAPS, Depths
 from kvferry.align.low_rank import LowRank, solve_low_rank
@@ -131,6 +132,16 @@ def test_maps_for_each_head_that_read_whole_layers_are_the_map_of_the_layer():
         one, shift = solve_blocks(sums, [part], 0.1)[0]
         assert torch.allclose(one, weight[:, start : start + 5], atol=1e-6)
         assert torch.allclose(shift, bias[start : start + 5], atol=1e-5)
+
+
+def test_a_folder_keeps_the_map_of_every_block(tmp_path):
+    """Of those without inputs too."""
+    contract, kv = contract_of(), correlated(n_tokens=5)
+    aligner = at_random(Blockwise(contract, ((0,), (2, 3), ()), "ratio", "same", neighbours=2))
+    save_aligner(aligner, tmp_path / "a", card="")
+    again = load_aligner(tmp_path / "a")
+    assert again.options() == aligner.options()
+    assert torch.equal(flatten(again(kv)), flatten(aligner(kv)))
 
 
 def test_a_map_keeps_its_blocks_alone():

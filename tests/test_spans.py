@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from contract import ORDINARY, cache
 from kvferry.align.pooling import POOLINGS, pool, pooling_weights
-from kvferry.align.spans import Overlap, overlap, overlap_class, overlaps, same_place, shared_bytes
+from kvferry.align.spans import overlap, overlaps, same_place, shared_bytes
 from kvferry.errors import EmptyContext, ShapeMismatch, UnknownName, WrongKeySpace
 from kvferry.kv import KV, Group, Role, Spans
 from kvferry.models.capture import capture
@@ -150,7 +150,6 @@ def test_pooling_by_hand():
 def test_equal_tokenizers_give_the_identity(name, how, text):
     spans = spans_of(name, text)
     assert np.array_equal(pooling_weights(spans, spans, how), np.eye(len(spans), dtype=np.float32))
-    assert set(overlap_class(spans, spans)) == {Overlap.SAME}
     kv = cache_on(spans)
     same = pool(kv, [spans], how)
     assert same.present.all() and torch.equal(same.positions, kv.positions)
@@ -171,31 +170,13 @@ def test_pieces_of_one_normalised_character_keep_their_places(text):
 
 
 @given(names=TWO, text=TEXTS)
-def test_shared_bytes_and_classes_are_what_the_definitions_say(names, text):
+def test_shared_bytes_are_what_the_definition_says(names, text):
     a, b = (spans_of(name, text) for name in names)
     found = shared_bytes(a, b)
     common = np.clip(np.minimum.outer(a.end, b.end) - np.maximum.outer(a.start, b.start), 0, None)
     rows, columns = common.nonzero()
     assert np.array_equal(found.rows, rows) and np.array_equal(found.columns, columns)
     assert np.array_equal(found.n_bytes, common[rows, columns])
-    classes = overlap_class(a, b)
-    for row in np.flatnonzero(a.end > a.start):
-        inner = common[row].nonzero()[0]
-        low, high = b.start[inner].min(), b.end[inner].max()
-        exact, within = (low, high) == (a.start[row], a.end[row]), low <= a.start[row] and high >= a.end[row]
-        want = Overlap.CROSSED
-        if exact:
-            want = Overlap.SAME if len(inner) == 1 else Overlap.TILED
-        elif len(inner) == 1 and within:
-            want = Overlap.INSIDE
-        assert classes[row] == want
-
-
-def test_classes_by_hand():
-    target = made((0, 2), (2, 6), (6, 7), (7, 10), (10, 12), Role.SPECIAL, Role.PAD)
-    source = made((0, 2), (2, 3), (3, 6), (6, 9), (9, 10), Role.SPECIAL)
-    same, tiled, inside, crossed = Overlap
-    assert overlap_class(target, source).tolist() == [same, tiled, inside, crossed, crossed, same, crossed]
 
 
 @given(text=TEXTS, seed=st.integers(0, 1000))

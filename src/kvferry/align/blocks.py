@@ -104,6 +104,8 @@ class BlockMap(Aligner):
     `neighbours - 1` tokens before it.
     """
 
+    _order: Tensor
+
     def __init__(
         self,
         contract: Contract,
@@ -120,6 +122,8 @@ class BlockMap(Aligner):
         self.blocks = blocks_of(contract, self.sources, heads, reads, neighbours)
         stacks = (_Stack(blocks) for blocks in _alike(self.blocks, contract.receiver))
         self._stacks = cast(Sequence[_Stack], nn.ModuleList(stacks))
+        places = torch.cat([stack.outputs.flatten() for stack in self._stacks])
+        self.register_buffer("_order", places.argsort(), persistent=False)
         self.bias = nn.Parameter(torch.zeros(contract.receiver.floats_per_token))
 
     def options(self) -> dict[str, Any]:
@@ -137,11 +141,12 @@ class BlockMap(Aligner):
 
     def forward(self, kv: KV) -> KV:
         kv.require_space("content")
-        features = with_neighbours(kv, self.neighbours)
-        mapped = self.bias.expand(*features.shape[:2], -1).clone()
-        for stack in self._stacks:
-            mapped.index_add_(-1, stack.outputs.flatten(), stack(features).flatten(2))
-        return as_receiver(kv, mapped, self.contract.receiver)
+        return as_receiver(kv, self.map(with_neighbours(kv, self.neighbours)), self.contract.receiver)
+
+    def map(self, wide: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+        """The receiver's features of sender features with their neighbours'."""
+        made = [stack(wide).flatten(-2) for stack in self._stacks]
+        return torch.cat(made, -1)[..., self._order] + self.bias
 
 
 class _Stack(nn.Module):
@@ -157,24 +162,18 @@ class _Stack(nn.Module):
         self.register_buffer("outputs", torch.stack([block.outputs for block in blocks]), persistent=False)
         self.weight = nn.Parameter(torch.zeros(*self.inputs.shape, self.outputs.shape[1]))
 
-    def forward(
-        self, features: Float[Tensor, "batch tokens all"]
-    ) -> Float[Tensor, "batch tokens blocks out"]:
-        return torch.einsum("btki,kio->btko", features[..., self.inputs], self.weight)
+    def forward(self, wide: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch blocks out"]:
+        return torch.einsum("...ki,kio->...ko", wide[..., self.inputs], self.weight)
 
 
 def _alike(blocks: Sequence[Block], receiver: Geometry) -> list[list[Block]]:
-    """Blocks of one layer of the receiver and of equal shape: no more inputs than a layer reads are gathered at once.
-
-    Blocks without inputs are left out: their bias says it all.
-    """
+    """Blocks of one receiver layer and of equal shape: no more inputs than a layer reads are gathered at once."""
     layer_of = {places.start: cell[0] for cell, places in cells(receiver).items()}
 
     def shape(block: Block) -> tuple[int, int, int]:
         return layer_of[int(block.outputs[0])], len(block.inputs), len(block.outputs)
 
-    some = sorted((block for block in blocks if len(block.inputs)), key=shape)
-    return [list(group) for _, group in groupby(some, key=shape)]
+    return [list(group) for _, group in groupby(sorted(blocks, key=shape), key=shape)]
 
 
 def _check(contract: Contract, sources: Sources, neighbours: int) -> None:

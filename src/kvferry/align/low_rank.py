@@ -7,7 +7,7 @@ and less to overfit with.
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from kvferry.align.contract import Aligner, Contract
@@ -46,8 +46,11 @@ class LowRank(Aligner):
 
     def forward(self, kv: KV) -> KV:
         kv.require_space("content")
-        narrow = with_neighbours(kv, self.neighbours) @ self.down
-        return as_receiver(kv, narrow @ self.up + self.bias, self.contract.receiver)
+        return as_receiver(kv, self.map(with_neighbours(kv, self.neighbours)), self.contract.receiver)
+
+    def map(self, wide: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+        """The receiver's features of sender features with their neighbours'."""
+        return wide @ self.down @ self.up + self.bias
 
 
 def solve_low_rank(

@@ -14,7 +14,6 @@ With equal tokenizers every token so corresponds to itself alone.
 
 from collections import Counter
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import torch
@@ -26,19 +25,6 @@ from kvferry.kv import Role, Spans
 
 _PART = 1 << 32
 """Above every byte of a part, so that part and byte are one number."""
-
-
-class Overlap(IntEnum):
-    """How a token lies to the tokens of the other side. Maps may be fitted for each class apart."""
-
-    SAME = 0
-    """One token, of the same bytes."""
-    TILED = 1
-    """Several tokens lie in it and fill it."""
-    INSIDE = 2
-    """It lies within one longer token."""
-    CROSSED = 3
-    """Anything else: borders are crossed, or bytes are missing."""
 
 
 @dataclass(frozen=True)
@@ -91,22 +77,6 @@ def overlaps(
     return torch.stack(
         [torch.from_numpy(overlap(one, two)) for one, two in zip(sender, receiver, strict=True)]
     )
-
-
-def overlap_class(target: Spans, source: Spans) -> NDArray[np.uint8]:
-    """The `Overlap` of each target token. Tokens paired by role are SAME, padding is CROSSED."""
-    found = shared_bytes(target, source)
-    whole = found.n_bytes == (source.end - source.start)[found.columns]
-    n_found, n_whole, n_bytes = (
-        np.bincount(found.rows, weights, len(target)) for weights in (None, whole, found.n_bytes)
-    )
-    covered = n_bytes == target.end - target.start
-    classes = np.full(len(target), Overlap.CROSSED, np.uint8)
-    classes[covered & (n_found == 1)] = Overlap.INSIDE
-    classes[covered & (n_found > 1) & (n_whole == n_found)] = Overlap.TILED
-    classes[covered & (n_found == 1) & (n_whole == 1)] = Overlap.SAME
-    classes[same_place(target, source).rows] = Overlap.SAME
-    return classes
 
 
 def _in_text_order(spans: Spans) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
