@@ -250,15 +250,18 @@ def test_the_projector_of_all_layers_at_once_starts_at_the_ridge_of_each_kind():
     assert torch.allclose(flatten(held)[..., where], keys @ weight + bias, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("neighbours", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
-def test_headwise_finds_a_map_of_its_own_kind(shared):
+def test_headwise_finds_a_map_of_its_own_kind(shared, neighbours):
     contract = Contract(geometry(((3, 4, 4), (3, 4, 4))), geometry(((2, 5, 5), (2, 5, 5)), model="ef"))
-    planted, found = (HeadwiseProjector(contract, share_dim_proj=shared) for _ in range(2))
+    planted, found = (
+        HeadwiseProjector(contract, neighbours=neighbours, share_dim_proj=shared) for _ in range(2)
+    )
     for parameter in planted.parameters():
         torch.nn.init.normal_(parameter)
     [there], [here] = planted.heads, found.heads
     torch.nn.init.zeros_(there.bias)
-    x = torch.randn(300, 4, 12)
+    x = torch.randn(300, 4, 12 * neighbours)
     with torch.no_grad():
         y = there(x)
         here.fit(*(torch.einsum("npi,npo->pio", x, z).double() / 300 for z in (x, y)), 1e-7)
@@ -302,9 +305,9 @@ def test_published_sizes():
     small, large = geometry(((4, 128, 128),)), geometry(((32, 128, 128),))
     contract = Contract(small, large)
     with torch.device("meta"):
-        assert size(KVCacheProjector(contract, output_norm=True)) == 2_109_440
-        assert size(KVCacheProjector(contract)) == 2_101_248
-        assert size(KVCacheProjectorMLP(contract, output_norm=True)) == 4_731_904
+        assert size(KVCacheProjector(contract, [[0]], output_norm=True)) == 2_109_440
+        assert size(KVCacheProjector(contract, [[0]])) == 2_101_248
+        assert size(KVCacheProjectorMLP(contract, [[0]], output_norm=True)) == 4_731_904
 
 
 def test_published_size_of_the_bottleneck():
@@ -312,7 +315,7 @@ def test_published_size_of_the_bottleneck():
     with torch.device("meta"):
         whole = ElasticBottleneck(contract, [[*range(28)]], [[*range(24)]])
         assert size(whole) == 73_424_896
-        assert size(ElasticBottleneck(contract), per=48) == 99_200
+        assert size(ElasticBottleneck(contract, [[layer] for layer in range(24)]), per=48) == 99_200
 
 
 # Axes

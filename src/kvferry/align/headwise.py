@@ -63,7 +63,8 @@ class _Heads(nn.Module):
     def __init__(self, parts: Parts, shared: bool) -> None:
         super().__init__()
         sent, held = parts.sent, parts.held
-        self.n_heads, self.shared = parts.n_back * sent.layers * sent.heads, shared
+        self.n_back, self.shared = parts.n_back, shared
+        self.n_heads = parts.n_back * sent.layers * sent.heads
         dims = torch.eye(sent.dim, held.dim).repeat(parts.n_parts, 1 if shared else self.n_heads, 1, 1)
         near = torch.kron(share_matrix(held.layers, sent.layers), share_matrix(held.heads, sent.heads))
         mixing = nn.functional.pad(near, (0, self.n_heads - near.shape[-1]))
@@ -82,11 +83,14 @@ class _Heads(nn.Module):
         xy: Float[Tensor, "parts features out"],
         penalty: float,
     ) -> None:
-        """Alternate from where the weights are. `xx` and `xy` are correlations, as `projector.correlations` gives."""
-        n_held = self.mixing.shape[1]
+        """Alternate from the mixing there is. `xx` and `xy` are correlations, as `projector.correlations` gives.
+
+        The tokens before start with the mixing of the token itself: from zero, neither half would ever leave.
+        """
+        n_held, n_own = self.mixing.shape[1], self.n_heads // self.n_back
         xx = xx.unflatten(1, (self.n_heads, -1)).unflatten(3, (self.n_heads, -1))
         xy = xy.unflatten(1, (self.n_heads, -1)).unflatten(3, (n_held, -1))
-        dims, mixing = self.dims.to(xx), self.mixing.to(xx)
+        dims, mixing = self.dims.to(xx), self.mixing[..., :n_own].repeat(1, 1, self.n_back).to(xx)
         for _ in range(N_SWEEPS):
             dims = _dims(xx, xy, mixing, penalty, self.shared)
             mixing = _mixing(xx, xy, dims.expand(-1, self.n_heads, -1, -1), penalty)

@@ -8,12 +8,12 @@ that a map can give it is its mean.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvferry.align.blocks import KEY, VALUE, cells
 from kvferry.errors import UsageError
 from kvferry.kv import Geometry
 
@@ -60,23 +60,13 @@ class Parts:
         return self.held.width
 
 
-def nearest_depth(n_sender: int, n_receiver: int) -> list[list[int]]:
-    """For each layer of the receiver the one of the sender at the same relative depth.
-
-    >>> nearest_depth(3, 5)
-    [[0], [0], [1], [2], [2]]
-    """
-    scale = (n_sender - 1) / max(n_receiver - 1, 1)
-    return [[round(layer * scale)] for layer in range(n_receiver)]
-
-
 def parts_of(
     sender: Geometry, receiver: Geometry, sources: Layers, targets: Layers, n_back: int
 ) -> list[Parts]:
     """The parts of a layer map, those of equal shape together. Raises `UsageError` for a map that cannot be."""
     _check(sender, receiver, sources, targets, n_back)
     rows: dict[tuple[Entries, Entries], list[tuple[list[int], list[int]]]] = defaultdict(list)
-    for which in (0, 1):
+    for which in (KEY, VALUE):
         for some, others in zip(sources, targets, strict=True):
             sent, columns = _part(sender, some, which)
             held, places = _part(receiver, others, which)
@@ -93,29 +83,21 @@ def _numbers(rows: Iterable[list[int]]) -> Int[Tensor, "parts features"]:
 
 
 def _part(geometry: Geometry, layers: Sequence[int], which: int) -> tuple[Entries, list[int]]:
-    """Shape and feature numbers of the keys (0) or values (1) of some layers."""
-    found = [(geometry.layers[i].heads, _dims(geometry, i)[which]) for i in layers]
-    begins = _begins(geometry)
+    """Shape of the keys or values of some layers, and where they stand."""
+    shapes = [(geometry.layers[i].heads, _dim(geometry, i, which)) for i in layers]
+    places = cells(geometry)
     numbers = [
-        begins[i, which] + n for i, shape in zip(layers, found, strict=True) for n in range(prod(shape))
+        n
+        for i, (heads, _) in zip(layers, shapes, strict=True)
+        for h in range(heads)
+        for n in places[i, which, h]
     ]
-    alike = len(set(found)) == 1
-    return Entries(len(layers), *found[0]) if alike else Entries(1, 1, len(numbers)), numbers
+    alike = len(set(shapes)) == 1
+    return Entries(len(layers), *shapes[0]) if alike else Entries(1, 1, len(numbers)), numbers
 
 
-def _begins(geometry: Geometry) -> dict[tuple[int, int], int]:
-    """Where the keys (0) and values (1) of each layer begin in `features.flatten`."""
-    begins, start = {}, 0
-    for members in geometry.groups():
-        for which in (0, 1):
-            for layer in members:
-                begins[layer, which] = start
-                start += geometry.layers[layer].heads * _dims(geometry, layer)[which]
-    return begins
-
-
-def _dims(geometry: Geometry, layer: int) -> tuple[int, int]:
-    return geometry.layers[layer].key_dim, geometry.layers[layer].value_dim
+def _dim(geometry: Geometry, layer: int, which: int) -> int:
+    return geometry.layers[layer].value_dim if which == VALUE else geometry.layers[layer].key_dim
 
 
 def _check(sender: Geometry, receiver: Geometry, sources: Layers, targets: Layers, n_back: int) -> None:

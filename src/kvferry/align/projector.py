@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.features import as_receiver, with_neighbours
-from kvferry.align.parts import Layers, Parts, nearest_depth, parts_of
+from kvferry.align.layer_map import Depths, NearestDepth
+from kvferry.align.parts import Layers, Parts, parts_of
 from kvferry.align.ridge import Standard, Sums, standardise
 from kvferry.kv import KV
 
@@ -18,8 +19,8 @@ class Projector(Aligner):
     """`receiver = y_mean + y_std * project((sender - x_mean) / x_std)`, part by part.
 
     `sources[i]` are the sender's layers that the receiver's layers `targets[i]` are made from, keys from keys and
-    values from values; by default each layer is made from the one at the same depth. `targets=[[0, 1, ...]]` makes all
-    layers at once. A sender token comes with the `neighbours - 1` tokens before it.
+    values from values; by default each layer is made from the one nearest in depth (`layer_map` has other rules).
+    `targets=[[0, 1, ...]]` makes all layers at once. A sender token comes with the `neighbours - 1` tokens before it.
 
     The published projectors end in a layer normalisation, which gives every token the same length and so takes from
     attention sinks and from values what they are known by. Here the fitted statistics of both models stand around the
@@ -40,10 +41,12 @@ class Projector(Aligner):
     ) -> None:
         super().__init__(contract)
         sender, receiver = contract.sender, contract.receiver
-        nearest = nearest_depth(sender.n_layers, receiver.n_layers)
-        self.sources = [list(some) for some in (nearest if sources is None else sources)]
-        every = [[layer] for layer in range(receiver.n_layers)]
-        self.targets = [list(some) for some in (every if targets is None else targets)]
+        if sources is None:
+            sources = NearestDepth()(Depths(sender.n_layers, receiver.n_layers))
+        if targets is None:
+            targets = [[layer] for layer in range(receiver.n_layers)]
+        self.sources = [list(layers) for layers in sources]
+        self.targets = [list(layers) for layers in targets]
         self.neighbours = neighbours
         self.parts = parts_of(sender, receiver, self.sources, self.targets, neighbours)
         self._columns = nn.ModuleList(_Take(parts.columns) for parts in self.parts)
