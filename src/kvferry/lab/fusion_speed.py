@@ -182,7 +182,7 @@ def _clone(kv: KV) -> KV:
 
 
 def _point(settings: Settings, arm: str, fuser: Fuser, device: str, time_ms: float) -> Point:
-    n_numbers = sum(tensor.numel() for tensor in fuser.state_dict().values())
+    mb = sum(tensor.numel() for tensor in fuser.state_dict().values()) * 4e-6
     recipe: dict[str, str | int] = {
         "fuser": fuser.name,
         "options": str(fuser.options()),
@@ -200,7 +200,11 @@ def _point(settings: Settings, arm: str, fuser: Fuser, device: str, time_ms: flo
         split="random",
         n=settings.repeats,
         seed=settings.seed,
-        metrics={"parameters": n_numbers, "mb_float32": n_numbers * 4e-6, "mb_bfloat16": n_numbers * 2e-6},
+        metrics={
+            "parameters": sum(parameter.numel() for parameter in fuser.parameters()),
+            "mb_float32": mb,
+            "mb_bfloat16": mb / 2,
+        },
         ci95={},
         n_bytes={},
         latency_ms={"fuse": time_ms},
