@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvferry.align.pooling import pool
 from kvferry.align.spans import shared_bytes
+from kvferry.errors import GridMismatch
 from kvferry.kv import KV, Spans
 
 N_CLASSES = 8
@@ -30,8 +33,17 @@ def on_receiver_grid(kv: KV, targets: Sequence[Spans], how: str = "mean") -> KV:
     return replace(pooled, spans=spans)
 
 
+def classes_of(kv: KV) -> Int[Tensor, "batch tokens"]:
+    """The overlap classes of a cache on the receiver's grid; `GridMismatch` for one on the sender's."""
+    rows = [row.overlap for row in kv.spans]
+    if any(row is None for row in rows):
+        cure = "Let the sender pool to the receiver's tokens (grid=receiver)"
+        raise GridMismatch("the cache stands on the sender's own tokens", cure=cure)
+    return torch.from_numpy(np.stack([row for row in rows if row is not None])).long().to(kv.device)
+
+
 def overlap_class(target: Spans, source: Spans) -> UInt8[np.ndarray, " tokens"]:
-    """The number of source tokens that share bytes with a token, less 1 and at most 3; plus 4 where one reaches beyond."""
+    """How many source tokens share bytes with a token, less 1, at most 3; plus 4 where one reaches beyond it."""
     found = shared_bytes(target, source)
     beyond = (source.start[found.columns] < target.start[found.rows]) | (
         source.end[found.columns] > target.end[found.rows]

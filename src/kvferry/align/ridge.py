@@ -17,7 +17,7 @@ from kvferry.errors import UsageError
 class Sums:
     """Sufficient statistics of pairs (x, y), fp64. Add with `+`: order and partition do not matter."""
 
-    n: int
+    n: float
     x: Float64[Tensor, " features"]
     y: Float64[Tensor, " out"]
     xx: Float64[Tensor, "features features"]

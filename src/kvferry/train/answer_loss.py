@@ -27,9 +27,13 @@ class Continuations:
 
 @dataclass(frozen=True)
 class Scores:
-    """Summed cross-entropy in nats, scored tokens, and pieces of which every token was the likeliest."""
+    """Summed cross-entropy in nats, scored tokens, and pieces of which every token was the likeliest.
+
+    `by_example` are the nats per scored token of each example.
+    """
 
     nats: Float[Tensor, ""]
+    by_example: Float[Tensor, " batch"]
     n_tokens: int
     n_pieces: int
     n_right: int
@@ -62,10 +66,12 @@ def _score(
     ids: Int[Tensor, "batch tokens"],
     scored: Bool[Tensor, "batch tokens"],
 ) -> Scores:
-    nats = functional.cross_entropy(logits[scored].float(), ids[scored], reduction="sum")
+    each = torch.zeros_like(scored, dtype=torch.float32)
+    each[scored] = functional.cross_entropy(logits[scored].float(), ids[scored], reduction="none")
+    by_example = each.detach().sum(-1) / scored.sum(-1).clamp(min=1)
     wrong = (logits.detach().argmax(-1) != ids) & scored
     starts = scored & ~functional.pad(scored, (1, 0))[:, :-1]
     piece = (starts.cumsum(-1) - 1).clamp(min=0)
     n_wrong = torch.zeros_like(piece).scatter_add(-1, piece, wrong.long())
     n_pieces = int(starts.sum())
-    return Scores(nats, int(scored.sum()), n_pieces, n_pieces - int((n_wrong > 0).sum()))
+    return Scores(each.sum(), by_example, int(scored.sum()), n_pieces, n_pieces - int((n_wrong > 0).sum()))

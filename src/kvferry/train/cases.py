@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvferry.align.contract import Aligner
 from kvferry.codec import Codec, roundtrip
-from kvferry.fuse.layout import relay_layout, text_slots
+from kvferry.fuse.layout import relay_layout
 from kvferry.kv import KV
 from kvferry.models.capture import capture
 from kvferry.models.load import Model
@@ -18,6 +18,7 @@ from kvferry.rope import rotate
 from kvferry.train.answer_loss import continuations
 from kvferry.train.examples import Example
 from kvferry.train.paired import batches
+from kvferry.train.route import Route
 
 _BATCH = 8
 
@@ -60,8 +61,9 @@ class Way:
 
     def _case(self, batch: Sequence[Example]) -> Case:
         contexts, after = [example.context for example in batch], continuations(self.receiver, batch).tokens
-        sent = text_slots(capture(self.sender, contexts).kv)
-        coded, held = roundtrip(self.codec, sent), text_slots(capture(self.receiver, contexts).kv)
+        route = Route(self.sender, self.receiver, self.aligner.contract.grid)
+        sent, held = route.sent(contexts), route.held(contexts)
+        coded = roundtrip(self.codec, sent)
         whole = capture(self.receiver, join(self.receiver.contexts(contexts), after), ("queries_content",))
         mask = after.mask.to(self.receiver.device)
         content = tuple(layer[:, :, -mask.shape[1] :] for layer in whole.evidence.queries_content)

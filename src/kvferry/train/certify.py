@@ -25,7 +25,7 @@ from kvferry.models.scores import scores_of
 from kvferry.train.cases import Asked, Case, Way
 from kvferry.train.certified_layer import LayerCertificate, certify_layer
 from kvferry.train.examples import Source
-from kvferry.train.token_map import token_map
+from kvferry.train.impulse import token_map
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,64 @@
 """Both models read the same texts; their tokens are paired by the bytes they stand for."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvferry.align.features import flatten, with_neighbours
+from kvferry.align.receiver_grid import N_CLASSES, classes_of
 from kvferry.align.ridge import Sums
 from kvferry.align.spans import overlaps
+from kvferry.align.token_means import TokenMeans
+from kvferry.align.token_table import first_layer
 from kvferry.errors import UsageError
-from kvferry.fuse.layout import text_slots
 from kvferry.kv import KV, Roundtrip
-from kvferry.models.capture import capture
-from kvferry.models.load import Model
+from kvferry.train.route import Route
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pairs:
-    """Sums of token pairs, and how many text tokens each model needed for the same texts."""
+    """Sums of token pairs, over `neighbours` sender tokens each, and means of the entries of each token text.
 
-    sums: Sums
-    n_sender_tokens: int
-    n_receiver_tokens: int
+    `classes` has the sums of each overlap class on the receiver's grid, else of all pairs. Tokens are counted once,
+    however many codecs there are.
+    """
+
+    neighbours: int
+    classes: list[Sums] = field(default_factory=list)
+    tokens: TokenMeans = field(default_factory=TokenMeans)
+    n_sent: int = 0
+    n_held: int = 0
+
+    @property
+    def sums(self) -> Sums:
+        """Of all classes together."""
+        return sum(self.classes[1:], self.classes[0])
 
     @property
     def stride(self) -> float:
-        """Receiver tokens per sender token."""
-        return self.n_receiver_tokens / self.n_sender_tokens
+        """Receiver tokens per token that is sent."""
+        return self.n_held / self.n_sent
 
-    def __add__(self, other: "Pairs") -> "Pairs":
-        return Pairs(
-            self.sums + other.sums,
-            self.n_sender_tokens + other.n_sender_tokens,
-            self.n_receiver_tokens + other.n_receiver_tokens,
+    def narrowed(self, neighbours: int) -> "Pairs":
+        """The same pairs, with fewer sender tokens each."""
+        n_features = len(self.sums.x) // self.neighbours * neighbours
+        classes = [_first(sums, n_features) for sums in self.classes]
+        return replace(self, neighbours=neighbours, classes=classes)
+
+    def add(self, sums: Sequence[Sums]) -> None:
+        """Add the sums of each class."""
+        self.classes = (
+            [a + b for a, b in zip(self.classes, sums, strict=True)] if self.classes else list(sums)
         )
+
+
+def _first(sums: Sums, n: int) -> Sums:
+    return Sums(sums.n, sums.x[:n], sums.y, sums.xx[:n, :n], sums.xy[:n], sums.yy)
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -47,42 +68,62 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def collect(
-    sender: Model,
-    receiver: Model,
+    route: Route,
     texts: Sequence[str],
     roundtrips: Sequence[Roundtrip],
     *,
     neighbours: int = 1,
     batch_size: int = 32,
 ) -> Pairs:
-    """Token pairs of all texts, the sender's side as each codec delivers it.
+    """Token pairs of all texts, the sender's side as each codec delivers it. Memory does not grow with the texts.
 
     Raises `UsageError` where no token of one model shares a byte with one of the other.
     """
-    total: Pairs | None = None
+    pairs = Pairs(neighbours)
     for batch in batches(texts, batch_size):
-        part = _collect_batch(sender, receiver, batch, roundtrips, neighbours)
-        total = part if total is None else total + part
-    if total is None or total.sums.n == 0:
+        _add_batch(pairs, route, batch, roundtrips)
+    if not pairs.classes or pairs.sums.n == 0:
         raise UsageError("no token pairs", cure="Fit on texts that both tokenizers can read")
-    return total
+    return pairs
 
 
-def _collect_batch(
-    sender: Model, receiver: Model, texts: Sequence[str], roundtrips: Sequence[Roundtrip], neighbours: int
-) -> Pairs:
-    sent, held = (text_slots(capture(model, texts).kv) for model in (sender, receiver))
-    targets, paired = _targets(sent, held)
-    inputs = (with_neighbours(trip(sent), neighbours)[paired] for trip in roundtrips)
-    parts = [Sums.of(x.cpu(), targets[paired].cpu()) for x in inputs]
-    sums = parts[0]
-    for part in parts[1:]:
-        sums = sums + part
-    return Pairs(sums, int(sent.present[0].sum()), int(held.present[0].sum()))
+def _add_batch(pairs: Pairs, route: Route, texts: Sequence[str], roundtrips: Sequence[Roundtrip]) -> None:
+    sent, held = route.sent(texts), route.held(texts)
+    entries, paired = targets(sent, held)
+    classes = classes_of(sent) if route.grid == "receiver" else None
+    for trip in roundtrips:
+        pairs.add(_sums(with_neighbours(trip(sent), pairs.neighbours), entries, paired, classes))
+    pairs.tokens.add(token_texts(sent, texts, paired), first_layer(sent)[paired], entries[paired])
+    pairs.n_sent += int(sent.present[0].sum())
+    pairs.n_held += int(held.present[0].sum())
 
 
-def _targets(sent: KV, held: KV) -> tuple[Float[Tensor, "batch tokens out"], Tensor]:
-    """For each sender token the mean of the receiver's entries over its bytes, and whether there are any."""
+def targets(sent: KV, held: KV) -> tuple[Float[Tensor, "batch tokens out"], Bool[Tensor, "batch tokens"]]:
+    """For each sent token the mean of the receiver's entries over its bytes, and whether there are any."""
     weights = overlaps(sent.spans, held.spans).to(held.device)
     weights = weights * sent.present.all(0).unsqueeze(-1)
     return weights @ flatten(held), weights.sum(-1) > 0.5
+
+
+def token_texts(sent: KV, texts: Sequence[str], which: Bool[Tensor, "batch tokens"]) -> list[bytes]:
+    """The bytes that each of these tokens stands for."""
+    found = []
+    for text, spans, row in zip(texts, sent.spans, which.cpu().numpy(), strict=True):
+        content = text.encode()
+        found += [content[spans.start[token] : spans.end[token]] for token in row.nonzero()[0]]
+    return found
+
+
+def _sums(
+    wide: Float[Tensor, "batch tokens features"],
+    entries: Float[Tensor, "batch tokens out"],
+    paired: Bool[Tensor, "batch tokens"],
+    classes: Tensor | None,
+) -> list[Sums]:
+    if classes is None:
+        return [_of(wide, entries, paired)]
+    return [_of(wide, entries, paired & (classes == index)) for index in range(N_CLASSES)]
+
+
+def _of(wide: Tensor, entries: Tensor, which: Bool[Tensor, "batch tokens"]) -> Sums:
+    return Sums.of(wide[which].cpu(), entries[which].cpu())

@@ -1,0 +1,116 @@
+"""Recipes: YAML files that say everything about a fit but the two models.
+
+Read strictly: a key that is not known, one that stands twice, a value of another type or out of range is an error that
+names the line. Nothing is converted, so `steps: "3000"` is refused. Numbers are those of YAML 1.2: `7e-4` is one.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from kvferry.align.contract import Grid
+from kvferry.align.folder import aligner_class
+from kvferry.codec import CODECS, Codec
+from kvferry.errors import BadSpec, UnknownName, UsageError
+from kvferry.models.prompt import Prompt
+from kvferry.spec import read_call
+from kvferry.train.examples import Source, source_of
+from kvferry.train.loop_recipe import LoopRecipe
+from kvferry.train.strict_yaml import read_strictly
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{value} is out of range", cure="Give at least 1")
+    return value
+
+
+def _codec(spec: str) -> str:
+    CODECS.parse(spec)
+    return spec
+
+
+def _aligner(spec: str) -> str:
+    aligner_call(spec)
+    return spec
+
+
+def _weight(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise UsageError(
+            f"{value} is no weight of a loss", cure="Give a positive number, or leave the loss out"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What is read: `worlds`, a file, or `datasets:NAME[:COLUMN]`, see `source_of`; and how much of it at once."""
+
+    source: str = "worlds"
+    texts: Annotated[int, AfterValidator(_at_least_one)] = 512
+    """Contexts for closed forms."""
+    batch_size: Annotated[int, AfterValidator(_at_least_one)] = 16
+    """Contexts in a training step, over all processes and pieces."""
+
+    def open(self, prompt: Prompt) -> Source:
+        """Examples as this receiver is asked; a path is taken from the current folder."""
+        return source_of(None if self.source == "worlds" else self.source, prompt)
+
+
+@dataclass(frozen=True)
+class FitRecipe:
+    """A fit: the map, the codecs that it must bear, the data, the losses by weight, and the loop.
+
+    `loop.steps` of 0 is the closed form alone.
+    """
+
+    aligner: Annotated[str, AfterValidator(_aligner)]
+    codecs: tuple[Annotated[str, AfterValidator(_codec)], ...]
+    data: DataRecipe = field(default_factory=DataRecipe)
+    grid: Grid = "sender"
+    """Whose tokens the slots are: the sender's, or the receiver's, to which the sender then pools."""
+    losses: dict[str, Annotated[float, AfterValidator(_weight)]] = field(
+        default_factory=lambda: {"answer": 1.0}
+    )
+    loop: LoopRecipe = field(default_factory=LoopRecipe)
+
+    def __post_init__(self) -> None:
+        for name, value in (("codecs", self.codecs), ("losses", self.losses)):
+            if not value:
+                raise UsageError(f"{name} is empty, out of range", cure=f"Name at least one of {name}")
+
+    def parsed(self) -> list[Codec]:
+        """The codecs."""
+        return [CODECS.parse(spec) for spec in self.codecs]
+
+
+def load_recipe(path: Path) -> FitRecipe:
+    """Read a recipe.
+
+    Raises `UnknownName` for a key, codec, aligner or option that does not exist, `BadSpec` for values of another type
+    or text that is no YAML, `UsageError` for values out of range and files that cannot be read; all name file and line.
+    """
+    return read_strictly(path, FitRecipe)
+
+
+def aligner_call(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of an aligner, as its constructor takes them behind the contract.
+
+    Raises `UnknownName` for either, `BadSpec` for what is no spec.
+
+    >>> aligner_call("linear(neighbours=4)")
+    ('linear', {'neighbours': 4})
+    """
+    name, positional, options = read_call(spec)
+    known = list(inspect.signature(aligner_class(name)).parameters)[1:]
+    if len(positional) > len(known) or set(known[: len(positional)]) & set(options):
+        raise BadSpec(f"too many values for {name}", cure=f"Its options are: {', '.join(known) or 'none'}")
+    for option in options:
+        if option not in known:
+            raise UnknownName(f"option of aligner {name}", option, known)
+    return name, {**dict(zip(known, positional, strict=False)), **options}

@@ -1,0 +1,104 @@
+"""Held-out quality of a map: nats per scored token and answers right, example by example, with intervals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvferry.align.contract import Aligner
+from kvferry.align.features import flatten, unflatten
+from kvferry.codec import Codec, roundtrip
+from kvferry.kv import KV, Roundtrip
+from kvferry.metrics.paired import Interval, bootstrap_mean, wilson
+from kvferry.train.answer_loss import Scores, answer_scores, continuations
+from kvferry.train.examples import Example
+from kvferry.train.paired import batches
+from kvferry.train.route import Route
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality under one codec, or of one control. `nats` are each example's nats per scored token."""
+
+    name: str
+    loss: float
+    accuracy: float
+    n_pieces: int
+    nats: NDArray[np.float64]
+
+    @property
+    def loss_ci95(self) -> Interval:
+        """Of the mean over examples."""
+        return bootstrap_mean(self.nats)
+
+    @property
+    def accuracy_ci95(self) -> Interval:
+        return wilson(round(self.accuracy * self.n_pieces), self.n_pieces)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A map behind whatever a cache goes through before it."""
+
+    name: str
+    aligner: Aligner
+    trip: Roundtrip
+
+
+def behind(aligner: Aligner, codecs: Sequence[Codec]) -> list[Judged]:
+    """A map behind each of the codecs."""
+    return [Judged(repr(codec), aligner, partial(roundtrip, codec)) for codec in codecs]
+
+
+@torch.no_grad()
+def score(route: Route, judged: Sequence[Judged], examples: Sequence[Example]) -> list[Score]:
+    """Held-out quality of each; every text is read once."""
+    tallies = [_Tally() for _ in judged]
+    for batch in batches(examples, _BATCH):
+        sent = route.sent([example.context for example in batch])
+        after = continuations(route.receiver, batch)
+        for one, tally in zip(judged, tallies, strict=True):
+            aligned = one.aligner(one.trip(sent))
+            tally.add(answer_scores(route.receiver, aligned, after, one.aligner.contract.stride))
+    return [tally.score(one.name) for one, tally in zip(judged, tallies, strict=True)]
+
+
+def mean_loss(scores: Sequence[Score]) -> float:
+    """Of several codecs."""
+    return sum(one.loss for one in scores) / len(scores)
+
+
+@dataclass
+class _Tally:
+    nats: float = 0.0
+    n_tokens: int = 0
+    n_pieces: int = 0
+    n_right: int = 0
+    each: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, got: Scores) -> None:
+        self.nats, self.n_tokens = self.nats + float(got.nats), self.n_tokens + got.n_tokens
+        self.n_pieces, self.n_right = self.n_pieces + got.n_pieces, self.n_right + got.n_right
+        self.each.append(got.by_example.double().cpu().numpy())
+
+    def score(self, name: str) -> Score:
+        loss, accuracy = self.nats / self.n_tokens, self.n_right / self.n_pieces
+        return Score(name, loss, accuracy, self.n_pieces, np.concatenate(self.each))
+
+
+def mean_cache(kv: KV) -> KV:
+    """Each present slot holds the mean over all present slots of the batch."""
+    held = kv.present.all(0).unsqueeze(-1)
+    features = flatten(kv)
+    mean = (features * held).sum((0, 1), keepdim=True) / held.sum()
+    return kv.with_groups(unflatten(mean.expand_as(features), kv.geometry))
+
+
+def other_contexts(kv: KV) -> KV:
+    """Each row gets the cache of the row before: what any context is worth, whatever it says."""
+    return kv.take_batch([row - 1 for row in range(kv.n_batch)])
