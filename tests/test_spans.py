@@ -85,12 +85,15 @@ def joined(*parts: Spans) -> Spans:
 
 
 def cache_on(*rows: Spans, seed: int = 0) -> KV:
-    """Random numbers on these tokens, left-padded; the padding is not present."""
+    """Random numbers on these tokens, left-padded; the padding is not present and holds NaN."""
     width = max(len(row) for row in rows)
     wide = tuple(row.widen(width) for row in rows)
     held = torch.tensor(np.stack([row.role != Role.PAD for row in wide]))
     present = held.expand(len(ORDINARY), -1, -1).clone()
-    return cache(n_tokens=width, n_batch=len(rows), present=present, spans=wide, seed=seed)
+    kv = cache(n_tokens=width, n_batch=len(rows), present=present, spans=wide, seed=seed)
+    for states in numbers(kv):
+        states.masked_fill_(~present[:, :, None, :, None], torch.nan)
+    return kv
 
 
 def numbers(kv: KV) -> list[torch.Tensor]:
@@ -179,6 +182,21 @@ def test_shared_bytes_are_what_the_definition_says(names, text):
     assert np.array_equal(found.n_bytes, common[rows, columns])
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), max_size=8))
+def test_spans_may_overlap_and_stand_in_any_order(places):
+    """Some tokenizers give a character to two tokens at once."""
+    spans = made(*[(start, start + width) for start, width in places])
+    other = made((0, 3), (3, 3), (3, 8), (8, 20))
+    common = np.clip(
+        np.minimum.outer(spans.end, other.end) - np.maximum.outer(spans.start, other.start), 0, None
+    )
+    for rows, columns, want in ((spans, other, common), (other, spans, common.T)):
+        found = shared_bytes(rows, columns)
+        dense = np.zeros_like(want)
+        dense[found.rows, found.columns] = found.n_bytes
+        assert np.array_equal(dense, want) and (np.diff(found.rows) >= 0).all()
+
+
 @given(text=TEXTS, seed=st.integers(0, 1000))
 @settings(max_examples=30)
 def test_the_order_of_the_source_tokens_does_not_matter(text, seed):
@@ -235,6 +253,15 @@ def test_special_and_template_tokens_correspond_by_role_and_rank_in_each_section
 
 
 def test_parts_do_not_mix():
+    word = Role.TEMPLATE
+    one = joined(made(word, (0, 2), word, word), made((0, 2), word, part=1))
+    other = joined(made((0, 2), word), made((0, 2), word, word, part=1))
+    assert [(int(i), int(j)) for i, j in zip(*pooling_weights(one, other).nonzero(), strict=True)] == [
+        (1, 0),
+        (2, 1),
+        (4, 2),
+        (5, 3),
+    ]
     two = joined(made((0, 4)), made(Role.TEMPLATE), made((0, 4), part=1))
     assert np.array_equal(pooling_weights(two, two), np.eye(3, dtype=np.float32))
     assert pooling_weights(made((0, 4)), made((0, 4), part=1)).sum() == 0
