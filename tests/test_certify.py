@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +13,12 @@ from typer.testing import CliRunner
 
 import contract as caches
 from architectures import ARCHITECTURES
+from kvferry.align.classwise import Classwise
 from kvferry.align.contract import Contract, Unfitted
-from kvferry.align.features import as_receiver, flatten, with_neighbours
-from kvferry.align.folder import load_aligner, save_aligner
+from kvferry.align.features import as_receiver, flatten, unflatten, with_neighbours
+from kvferry.align.folder import aligner_class, load_aligner, save_aligner
 from kvferry.align.identity import Identity
+from kvferry.align.kv_projector_mlp import KVCacheProjectorMLP
 from kvferry.align.linear import Linear
 from kvferry.align.residual_mlp import ResidualMLP
 from kvferry.align.shipped import aligner_path
@@ -34,7 +37,8 @@ from kvferry.train.cases import Asked, Case, Way
 from kvferry.train.certified_layer import certify_layer, rotary_gain
 from kvferry.train.certify import certify
 from kvferry.train.examples import Worlds
-from kvferry.train.token_map import receiver_features, token_map
+from kvferry.train.impulse import token_map
+from kvferry.train.token_map import receiver_features
 from tiny import model_of, random_rows, tokens_of
 
 SLACK = 1 + 1e-9
@@ -225,7 +229,7 @@ def test_a_linear_map_is_found_out_by_asking(neighbours):
     nn.init.normal_(aligner.bias, std=100.0)
     found = token_map(aligner, sent(aligner))
     assert found.neighbours == neighbours
-    torch.testing.assert_close(found.paths[0].last, aligner.weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.kinds[0][0].last, aligner.weight.T, rtol=1e-4, atol=1e-4)
     keys, values = receiver_features(aligner.contract.receiver, 1)
     for some in (keys[1], values.flatten()):
         exact = torch.linalg.matrix_norm(aligner.weight[:, some].double(), 2).item()
@@ -247,29 +251,77 @@ def test_maps_without_numbers_pass_errors_on_as_they_are(kind):
     assert (found.neighbours, found.norm(keys.flatten())) == (1, 1.0)
 
 
-def noisy_mlp(neighbours=2) -> ResidualMLP:
+def noisy(aligner):
+    """With normal numbers in all that is fitted; deviations stay positive."""
     torch.manual_seed(1)
-    aligner = ResidualMLP(contract_between(), neighbours, hidden=16)
-    for parameter in aligner.parameters():
-        nn.init.normal_(parameter)
-    for buffer in aligner.buffers():
-        nn.init.normal_(buffer)
+    with torch.no_grad():
+        for name, tensor in [*aligner.named_parameters(), *aligner.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(
+                    torch.rand(tensor.shape) + 0.5 if name.endswith("std") else torch.randn(tensor.shape)
+                )
     return aligner.eval()
 
 
-@pytest.mark.parametrize("neighbours", [1, 2])
-def test_a_residual_perceptron_is_bounded_by_the_sum_of_its_paths(neighbours):
-    aligner = noisy_mlp(neighbours)
-    found, kv = token_map(aligner, sent(aligner)), sent(aligner, n_tokens=200)
-    other = kv.with_groups(sent(aligner, n_tokens=200, seed=1).groups)
+def with_classes(kv, seed=0):
+    """The cache as if on the receiver's grid."""
+    overlap = np.random.default_rng(seed).integers(0, 8, kv.n_tokens).astype(np.uint8)
+    return replace(kv, spans=(replace(kv.spans[0], overlap=overlap),))
+
+
+PERCEPTRONS = {
+    "residual": lambda: ResidualMLP(contract_between(), 1, hidden=16),
+    "residual, neighbours": lambda: ResidualMLP(contract_between(), 2, hidden=16),
+    "residual, classes": lambda: ResidualMLP(contract_between(), 2, hidden=16, classes=True),
+    "projector": lambda: KVCacheProjectorMLP(contract_between(), hidden_dim=16),
+    "projector, neighbours": lambda: KVCacheProjectorMLP(contract_between(), neighbours=2, hidden_dim=16),
+    "projector, a source twice": lambda: KVCacheProjectorMLP(
+        contract_between(), sources=[[0, 0, 2]] * 3, hidden_dim=16
+    ),
+    "classes": lambda: Classwise(contract_between(), 2),
+}
+
+
+@pytest.mark.parametrize("build", list(PERCEPTRONS.values()), ids=list(PERCEPTRONS))
+def test_what_is_taken_apart_bounds_the_map(build):
+    aligner = noisy(build())
+    kv = with_classes(sent(aligner, n_tokens=400))
+    found, other = token_map(aligner, kv), kv.with_groups(sent(aligner, n_tokens=400, seed=1).groups)
     with torch.no_grad():
-        error = (with_neighbours(kv, neighbours) - with_neighbours(other, neighbours)).norm(dim=-1)
-        moved = flatten(aligner(kv)) - flatten(aligner(other))
+        wide = (with_neighbours(part, found.neighbours) for part in (kv, other))
+        error, moved = torch.sub(*wide).norm(dim=-1), flatten(aligner(kv)) - flatten(aligner(other))
     for layer in range(3):
         for part in receiver_features(aligner.contract.receiver, layer):
             stretched = (moved[..., part.flatten()].norm(dim=-1) / error).max()
             assert 0.02 * found.norm(part.flatten()) < stretched <= found.norm(part.flatten())
     assert found.sequence_norm(part.flatten()) is None
+
+
+AFFINE = ("bidirectional", "headwise", "hub_pair", "kv_projector", "low_rank", "map_projection", "truncate")
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_every_affine_aligner_is_found_out(name):
+    """The worst error that the constant allows, along the first singular vector, is stretched just so."""
+    contract = contract_between(caches.ORDINARY, ((3, 2, 2), (3, 2, 2)))
+    aligner = noisy(aligner_class(name)(contract, **({"rank": 5} if name == "low_rank" else {})))
+    kv, keys = sent(aligner, n_tokens=13), receiver_features(contract.receiver, 1)[0].flatten()
+    found = token_map(aligner, kv)
+    last = found.kinds[0][0].last[keys]
+    worst = torch.linalg.svd(last).Vh[0].view(found.neighbours, -1).flip(0)
+    features = flatten(kv)
+    features[0, -found.neighbours :] += 10 * worst
+    with torch.no_grad():
+        moved = flatten(aligner(kv.with_groups(unflatten(features, kv.geometry)))) - flatten(aligner(kv))
+    assert (moved[0, -1, keys].norm() / 10).item() == pytest.approx(found.norm(keys), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["elastic", "kv_projector", "kv_projector_mlp"])
+def test_projectors_that_normalise_are_refused(name):
+    options = {} if name == "elastic" else {"output_norm": True}
+    aligner = noisy(aligner_class(name)(contract_between(caches.ORDINARY), **options))
+    with pytest.raises(UncertifiableMap, match="StackedNorm divides by the spread"):
+        token_map(aligner, sent(aligner))
 
 
 class Odd(Unfitted):
@@ -389,6 +441,18 @@ def test_a_perceptron_between_real_models_holds(way):
         nn.init.normal_(parameter, std=0.05)
     for layer in certify(replace(way, aligner=aligner), Worlds(), n=2).layers:
         check_holds(layer)
+
+
+def test_on_the_receivers_grid_the_worst_class_counts(way):
+    torch.manual_seed(0)
+    aligner = Classwise(replace(way.aligner.contract, grid="receiver", stride=1.0))
+    nn.init.normal_(aligner.weight, std=0.05)
+    found = certify(replace(way, aligner=aligner), Worlds(), n=2)
+    for index, layer in enumerate(found.layers):
+        check_holds(layer)
+        keys = receiver_features(way.receiver.geometry, index)[0].flatten()
+        largest = torch.linalg.matrix_norm(aligner.weight.detach()[:, :, keys].double(), 2).max().item()
+        assert layer.lipschitz_k == pytest.approx(largest, rel=1e-4) and layer.sequence_k is None
 
 
 def test_foreign_models_and_no_texts_are_refused(way):
