@@ -70,7 +70,7 @@ def standardise(sums: Sums) -> Standard:
 def solve(sums: Sums, penalty: float) -> tuple[Float[Tensor, "features out"], Float[Tensor, " out"]]:
     """Weight and bias of the ridge map; `penalty` is relative to the variance of a standardised feature."""
     std = standardise(sums)
-    eye = torch.eye(len(std.xx), dtype=torch.float64)
+    eye = torch.eye(len(std.xx), dtype=torch.float64, device=std.xx.device)
     standard_weight = torch.linalg.solve(std.xx + penalty * eye, std.xy)
     weight = standard_weight * std.y_std / std.x_std.unsqueeze(-1)
     return weight.float(), (std.y_mean - std.x_mean @ weight).float()

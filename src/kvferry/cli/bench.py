@@ -8,6 +8,9 @@ import typer
 if TYPE_CHECKING:
     from kvferry.lab.wire.bench import Settings, WireResult
 
+_WIDE = 200
+"""Columns of a table of many numbers, where the terminal is narrower."""
+
 bench = typer.Typer(no_args_is_help=True, help="Measure ours and others side by side, in one process.")
 
 
@@ -74,6 +77,44 @@ def bench_fuse(
     if json:
         save_fusion(result, json)
     Console(highlight=False).print(rich_table(fusion_sheet(result)))
+
+
+@bench.command("align")
+def bench_align(
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="SENDER-to-RECEIVER, separated by ','. Default: four of the shared folder."),
+    ] = None,
+    passages: Annotated[int, typer.Option(min=2, help="Test passages of each pair.")] = 240,
+    texts: Annotated[int, typer.Option(min=1, help="Passages for closed forms.")] = 1000,
+    steps: Annotated[int, typer.Option(min=0, help="Of training; 0 for closed forms alone.")] = 300,
+    every_projector: Annotated[
+        bool, typer.Option("--every-projector", help="Train each kind of projector, not the best alone.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Decides which passages are drawn.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.")] = None,
+) -> None:
+    """How a receiver goes on behind every map: nats per character on stories, with controls."""
+    from rich.console import Console
+
+    from kvferry.lab.align.arms import Settings
+    from kvferry.lab.align.bench import PAIRS, pair_named, run_bench
+    from kvferry.lab.align.sheets import line, sheets, written
+    from kvferry.lab.ledger import write_file
+    from kvferry.lab.wire.tables import markdown, rich_table
+
+    named = tuple(map(pair_named, _parts(pairs, ",") or ())) or PAIRS
+    settings = Settings(passages, texts, steps, seed, every_projector)
+    console = Console(stderr=True, highlight=False)
+    points = run_bench(named, settings, lambda point: console.print(line(point)))
+    if json:
+        write_file(json, written(points))
+    if page:
+        write_file(page, "\n\n".join(map(markdown, sheets(points))).encode() + b"\n")
+    out = Console(highlight=False)
+    for sheet in sheets(points):
+        out.print(rich_table(sheet), width=max(out.width, _WIDE))
 
 
 def _parts(text: str | None, separator: str) -> tuple[str, ...] | None:

@@ -43,5 +43,8 @@ def _read() -> list[str]:
         cure = f"Let ${SHARED} name the shared folder"
         raise FolderError("there are no stories to read", cure=cure) from error
     # One file has a story a paragraph block, the other blank lines everywhere.
-    parts = re.split(r"(?<!\n)\n(?!\n)", first) + re.split(r"\n\n(?=Once upon a time|One day, there was)", second)[1:]
+    parts = (
+        re.split(r"(?<!\n)\n(?!\n)", first)
+        + re.split(r"\n\n(?=Once upon a time|One day, there was)", second)[1:]
+    )
     return [re.sub(r"\s*\n\s*", "\n", part.strip()) for part in parts if part.isascii()]

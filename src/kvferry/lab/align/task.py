@@ -1,4 +1,4 @@
-"""The task: nats per character of a continuation when its prefix comes as text, as a mapped cache, as both, or not at all.
+"""The task: nats per character of a continuation whose prefix comes as text, as a mapped cache, as both, or not at all.
 
 Rule 1: the first suffix token is given and not scored, in every condition: behind a cache there is no hidden state that
 could predict it.
@@ -14,15 +14,14 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvferry.fuse.layout import text_slots
 from kvferry.kv import KV, Role
 from kvferry.lab.align.passages import Pair, Passage
-from kvferry.models.capture import capture
 from kvferry.models.load import Model
 from kvferry.models.relay import take_over
 from kvferry.models.state import empty, read
 from kvferry.models.tokens import Tokens, encode, encode_rows, join, join_rows, pad
 from kvferry.train.examples import Split
+from kvferry.train.route import Route
 
 BATCH = 40
 Nats = NDArray[np.float64]
@@ -42,10 +41,10 @@ class Batch:
         return [passage.suffix for passage in self.passages]
 
 
-def batches_of(pair: Pair, split: Split, n: int, *, with_tail: bool) -> list[Batch]:
+def batches_of(pair: Pair, route: Route, split: Split, n: int, *, with_tail: bool) -> list[Batch]:
     """The first `n` passages of a split; `with_tail` keeps the last characters of each back, to come as text."""
     found = pair.passages(split, n)
-    return [_batch(pair, found[start : start + BATCH], with_tail) for start in range(0, len(found), BATCH)]
+    return [_batch(route, found[start : start + BATCH], with_tail) for start in range(0, len(found), BATCH)]
 
 
 def after_cache(
@@ -64,11 +63,11 @@ def after_text(receiver: Model, passages: Sequence[Passage], given: Callable[[Pa
     return np.concatenate(found)
 
 
-def _batch(pair: Pair, passages: Sequence[Passage], with_tail: bool) -> Batch:
+def _batch(route: Route, passages: Sequence[Passage], with_tail: bool) -> Batch:
     ends = [passage.tail if with_tail else len(passage.prefix) for passage in passages]
     texts = [passage.prefix[:end] for passage, end in zip(passages, ends, strict=True)]
     tails = tuple(passage.prefix[end:] for passage, end in zip(passages, ends, strict=True))
-    return Batch(tuple(passages), tails, text_slots(capture(pair.sender, texts).kv))
+    return Batch(tuple(passages), tails, route.sent(texts))
 
 
 @torch.no_grad()
@@ -89,9 +88,7 @@ def _after_text(receiver: Model, passages: Sequence[Passage], given: Callable[[P
     return _score(logits, tokens, passages)
 
 
-def _score(
-    logits: Float[Tensor, "batch tokens vocab"], tokens: Tokens, passages: Sequence[Passage]
-) -> Nats:
+def _score(logits: Float[Tensor, "batch tokens vocab"], tokens: Tokens, passages: Sequence[Passage]) -> Nats:
     ids = tokens.ids.to(logits.device)[:, 1:]
     nats = -logits[:, :-1].float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     scored = _scored(tokens).to(logits.device)[:, 1:]
