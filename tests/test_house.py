@@ -32,9 +32,13 @@ def test_every_dependency_is_pinned_within_its_bounds_and_explained(requirement:
 
 
 def test_every_import_is_declared() -> None:
-    extras = [Requirement(line) for name in ("bench", "fast", "onnx", "report") for line in EXTRAS.get(name, [])]
+    names = ("bench", "data", "fast", "onnx", "report")
+    extras = [Requirement(line) for name in names for line in EXTRAS.get(name, [])]
     runtime = {canonicalize_name(r.name) for r in [*CORE, *extras]}
-    imported = {canonicalize_name(name) for module in modules() for name in module.foreign()}
+    called = {"yaml": "pyyaml"}
+    imported = {
+        canonicalize_name(called.get(name, name)) for module in modules() for name in module.foreign()
+    }
     assert imported - runtime == {"tokenizers"} & imported  # comes with transformers, whose bounds fit it
 
 

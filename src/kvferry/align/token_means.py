@@ -31,7 +31,8 @@ class TokenMeans:
         entries: Float[Tensor, "tokens out"],
     ) -> None:
         """Add tokens: what they stand for, what the sender's first layer and the whole receiver hold of them."""
-        rows = torch.tensor([self.index.setdefault(text, len(self.index)) for text in texts])
+        found = [self.index.setdefault(text, len(self.index)) for text in texts]
+        rows = torch.tensor(found, dtype=torch.long)  # of no text the type would be float
         self.counts = _grown(self.counts, torch.ones(len(rows), 1), rows, len(self))
         self.marks = _grown(self.marks, marks, rows, len(self))
         self.entries = _grown(self.entries, entries, rows, len(self))

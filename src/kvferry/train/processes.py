@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Which one this is, and how many there are: as `accelerate launch` or `torchrun` started them, else one."""
+    """Which one this is, and how many: as `torchrun`, or `accelerate launch` on GPUs, started them; else one."""
 
     rank: int = 0
     n: int = 1

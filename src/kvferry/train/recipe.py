@@ -20,13 +20,8 @@ from kvferry.models.prompt import Prompt
 from kvferry.spec import read_call
 from kvferry.train.examples import Source, source_of
 from kvferry.train.loop_recipe import LoopRecipe
+from kvferry.train.objective import TERMS
 from kvferry.train.strict_yaml import read_strictly
-
-
-def _at_least_one(value: int) -> int:
-    if value < 1:
-        raise UsageError(f"{value} is out of range", cure="Give at least 1")
-    return value
 
 
 def _codec(spec: str) -> str:
@@ -37,6 +32,12 @@ def _codec(spec: str) -> str:
 def _aligner(spec: str) -> str:
     aligner_call(spec)
     return spec
+
+
+def _loss(name: str) -> str:
+    if name not in TERMS:
+        raise UnknownName("loss", name, TERMS)
+    return name
 
 
 def _weight(value: float) -> float:
@@ -52,10 +53,15 @@ class DataRecipe:
     """What is read: `worlds`, a file, or `datasets:NAME[:COLUMN]`, see `source_of`; and how much of it at once."""
 
     source: str = "worlds"
-    texts: Annotated[int, AfterValidator(_at_least_one)] = 512
+    texts: int = 512
     """Contexts for closed forms."""
-    batch_size: Annotated[int, AfterValidator(_at_least_one)] = 16
+    batch_size: int = 16
     """Contexts in a training step, over all processes and pieces."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("texts", self.texts), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}, out of range", cure="Give at least 1")
 
     def open(self, prompt: Prompt) -> Source:
         """Examples as this receiver is asked; a path is taken from the current folder."""
@@ -74,15 +80,21 @@ class FitRecipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     grid: Grid = "sender"
     """Whose tokens the slots are: the sender's, or the receiver's, to which the sender then pools."""
-    losses: dict[str, Annotated[float, AfterValidator(_weight)]] = field(
+    losses: dict[Annotated[str, AfterValidator(_loss)], Annotated[float, AfterValidator(_weight)]] = field(
         default_factory=lambda: {"answer": 1.0}
     )
     loop: LoopRecipe = field(default_factory=LoopRecipe)
 
     def __post_init__(self) -> None:
+        """What stands in a file was looked at before, where its line is known; this is for all other makers."""
         for name, value in (("codecs", self.codecs), ("losses", self.losses)):
             if not value:
                 raise UsageError(f"{name} is empty, out of range", cure=f"Name at least one of {name}")
+        aligner_call(self.aligner)
+        self.parsed()
+        for name, weight in self.losses.items():
+            _loss(name)
+            _weight(weight)
 
     def parsed(self) -> list[Codec]:
         """The codecs."""
