@@ -8,7 +8,7 @@ import pytest
 
 from source import Module, modules
 
-GROUND = {"errors", "spec"}
+GROUND = {"errors", "files", "spec"}
 NOUNS = {*GROUND, "kv", "rope"}
 MATHS = {*NOUNS, "metrics"}
 BELOW_MODELS = {*MATHS, "wire", "codec", "select", "align", "fuse"}
@@ -19,7 +19,8 @@ BELOW_SHELL = {*BELOW_LAB, "lab"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "spec": {"errors"},
-    "weights": {"errors"},
+    "files": {"errors"},
+    "weights": {"errors", "files"},
     "rope": GROUND,
     "kv": {*GROUND, "rope"},
     "wire": {"errors"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "align": {*MATHS, "weights"},
     "fuse": {*MATHS, "weights"},
     "models": BELOW_MODELS,
-    "link": {"errors"},
+    "link": {"errors", "files"},
     "session": BELOW_VERBS,
     "train": BELOW_VERBS,
     "lab": BELOW_LAB,

@@ -6,7 +6,6 @@ unpickled, only names of our own tables are looked up, and nobody ever sees half
 
 import importlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,23 +19,34 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from kvferry.errors import FolderError, UnknownName
+from kvferry.files import CURE
 
 _CURE = "Give a folder written by kvferry, or the hub id of one"
 
 
 def save_folder(module: nn.Module, folder: Path, config: Mapping[str, Any], card: str) -> None:
-    """Write the folder beside its place, then move it there: a reader never sees half of it."""
+    """Write the folder beside its place, then move it there: a reader sees the whole folder or the one before it.
+
+    Raises `FolderError` where it cannot be written, a full disk included; what lay there then stays.
+    """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fit-") as beside:
-        whole = Path(beside) / folder.name
-        whole.mkdir()
-        (whole / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_model(module, str(whole / "model.safetensors"))
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        whole.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fit-") as beside:
+            whole = Path(beside) / folder.name
+            whole.mkdir()
+            _fill(whole, module, config, card)
+            if folder.exists():
+                folder.rename(Path(beside) / "before")
+            whole.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"cannot write {folder}: {error}", cure=CURE) from None
+
+
+def _fill(folder: Path, module: nn.Module, config: Mapping[str, Any], card: str) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_model(module, str(folder / "model.safetensors"))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def find_folder(where: str | Path, kind: str) -> Path:

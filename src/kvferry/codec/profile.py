@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kvferry.errors import FolderError, ForeignModel, UsageError
+from kvferry.files import write_whole
 from kvferry.kv import Geometry
 
 FORMAT = "kvferry.profile/1"
@@ -87,15 +88,7 @@ def save_profile(profile: Profile, path: Path) -> None:
         "fitted": json.dumps(profile.fitted),
         **said,
     }
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_bytes(save(tensors, metadata))
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UsageError(
-            f"cannot write {path}: {error.strerror}", cure="Give a place that can be written"
-        ) from None
+    write_whole(path, save(tensors, metadata), UsageError)
 
 
 def load_profile(path: Path) -> Profile:

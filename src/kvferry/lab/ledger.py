@@ -1,28 +1,23 @@
 """Results on disk: written beside, then renamed, so that nobody reads half of one."""
 
-import secrets
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from kvferry.errors import FolderError, UsageError
+from kvferry.files import CURE, write_whole
 from kvferry.lab.demo import DemoResult
 
 _RESULT = TypeAdapter(DemoResult)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data`; an existing file is replaced whole or not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    """Write `data`, its folder too; an existing file is replaced whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
     except OSError as error:
-        cure = "Name a file in a folder that you may write to"
-        raise UsageError(f"cannot write {path}: {error.strerror}", cure=cure) from None
-    finally:
-        part.unlink(missing_ok=True)
+        raise UsageError(f"cannot make {path.parent}: {error.strerror}", cure=CURE) from None
+    write_whole(path, data, UsageError)
 
 
 def save_result(result: DemoResult, path: Path) -> None:

@@ -5,7 +5,7 @@ A `Channel` carries whole messages, in order, both ways. `memory_pair` joins two
 """
 
 from kvferry.link.channel import Channel, Meter
-from kvferry.link.file import read_message, write_message, write_whole
+from kvferry.link.file import read_message, write_message
 from kvferry.link.listener import Listener, listen
 from kvferry.link.memory import memory_pair
 from kvferry.link.tcp import connect
@@ -19,5 +19,4 @@ __all__ = [
     "memory_pair",
     "read_message",
     "write_message",
-    "write_whole",
 ]

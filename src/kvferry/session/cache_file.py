@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvferry.errors import CacheError, ForeignModel, ShapeMismatch
+from kvferry.errors import CacheError, ForeignModel, LinkError, ShapeMismatch
+from kvferry.files import write_whole
 from kvferry.kv import KV, Geometry, Group, Spans
-from kvferry.link import write_whole
 
 FORMAT = "kvferry cache 1"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ def save_cache(kv: KV, path: str | Path, notes: Mapping[str, str] | None = None)
     """
     if kv.n_batch != 1:
         raise ShapeMismatch(f"a batch of {kv.n_batch}, a file holds 1", cure="Save each of kv.sequences()")
-    write_whole(Path(path), save(_tensors(kv), {**(notes or {}), **_metadata(kv)}))
+    write_whole(Path(path), save(_tensors(kv), {**(notes or {}), **_metadata(kv)}), LinkError)
 
 
 def load_cache(path: str | Path, geometry: Geometry) -> KV:

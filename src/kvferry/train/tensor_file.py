@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, uint8
 from xxhash import xxh3_128
 
-from kvferry.errors import FolderError, LinkError
-from kvferry.link import write_whole
+from kvferry.errors import FolderError
+from kvferry.files import write_whole
 
 Tensors = Mapping[str, Shaped[Tensor, "..."]]
 
@@ -34,11 +34,9 @@ def write_file(path: Path, data: bytes, *, cure: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
-    except LinkError as error:
-        raise FolderError(error.what, cure=cure) from None
     except OSError as error:
         raise FolderError(f"cannot make {path.parent}: {error.strerror}", cure=cure) from None
+    write_whole(path, data, FolderError, cure=cure)
 
 
 def read_tensors(
