@@ -173,6 +173,14 @@ def test_the_seed_decides_every_loss():
     assert losses(run(Toy(), replace(SHORT, seed=1))[0]) != losses(one)
 
 
+def test_every_step_has_its_own_chance():
+    drawn: list[float] = []
+    toy = Toy()
+    loss = lambda step, rows: drawn.append(torch.rand(()).item()) or toy.loss(step, rows)  # noqa: E731
+    Trainer(toy, loss, batches, SHORT).run()
+    assert len(set(drawn)) == SHORT.steps
+
+
 def test_looking_at_dev_leaves_no_trace():
     toy = Toy()
     watched = run(toy, replace(SHORT, evaluate_every=2), evaluate=toy.dev)[0]
@@ -306,16 +314,17 @@ def script(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
-    whole, again = Toy(), Toy()
-    wanted, _ = run(whole, RECIPE, evaluate=whole.dev, folder=tmp_path / "whole")
+    whole, again, looks, later = Toy(), Toy(), [], []
+    wanted, _ = run(whole, RECIPE, evaluate=whole.dev, folder=tmp_path / "whole", on_evaluation=looks.append)
     with script(tmp_path / "cut", 0.05) as running:
         next(line for line in running.stdout or () if line.startswith("17 "))
         running.send_signal(signal.SIGKILL)
     assert running.returncode == -signal.SIGKILL
-    rest, _ = run(again, RECIPE, evaluate=again.dev, folder=tmp_path / "cut")
+    rest, _ = run(again, RECIPE, evaluate=again.dev, folder=tmp_path / "cut", on_evaluation=later.append)
     first = rest[0].step
     assert 15 <= first <= 20, "it goes on from the last checkpoint"
     assert [(report.step, report.loss) for report in rest] == [(r.step, r.loss) for r in wanted[first:]]
+    assert later == [look for look in looks if look.step > first]
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
 
