@@ -361,6 +361,32 @@ def test_a_layer_without_tokens_is_left_out_of_the_mean():
     torch.testing.assert_close(some, torch.stack(each).mean())
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("structural")])
+def test_nothing_waits_for_a_device_or_strays_from_it(spec):
+    """On the meta device there are no numbers to look at, and other devices do not mix with it."""
+    loss = LOSSES.parse(spec)
+    predicted, target = (on_meta(kv) for kv in pair(loss))
+    moved, _ = leaves(predicted)
+    value, told = over_cache(loss.at(1), moved, target, Aids(moments_of([target]), task=task))
+    value.backward()
+    assert {part.device.type for part in (value, *told.values())} == {"meta"}
+
+
+def test_nor_do_the_measures_of_attention():
+    queries, slots = drawn()
+    far = Slots(*(part.to("meta") for part in vars(slots).values()))
+    mask, scores = torch.ones(2, 4, dtype=torch.bool, device="meta"), Scores(0.4, sinks=torch.zeros(6))
+    queries = queries.to("meta").requires_grad_()
+    found = attention_output_error(queries, far, far, mask, scores), attention_kl(queries, far, far, scores)
+    sum(part.sum() for part in found).backward()
+    assert queries.grad.device.type == "meta"
+
+
+def on_meta(kv: KV) -> KV:
+    kv = rebuilt(kv, [part.to("meta") for part in parts_of(kv)])
+    return replace(kv, present=kv.present.to("meta"), positions=kv.positions.to("meta"))
+
+
 def test_half_precision_is_compared_in_single():
     loss = MercatorKVLoss()
     predicted, target = pair(loss)
