@@ -12,6 +12,10 @@ def _none() -> Float64[Tensor, "known width"]:
     return torch.zeros(0, 1, dtype=torch.float64)
 
 
+PRIOR = 1.0
+"""So many tokens of the mean of all stand behind each entry: a token seen once says little."""
+
+
 @dataclass
 class TokenMeans:
     """For each token text, in the order in which they came: how often, and the sums of both sides' entries, fp64."""
@@ -36,6 +40,12 @@ class TokenMeans:
         self.counts = _grown(self.counts, torch.ones(len(rows), 1), rows, len(self))
         self.marks = _grown(self.marks, marks, rows, len(self))
         self.entries = _grown(self.entries, entries, rows, len(self))
+
+    def entries_of(self, texts: Sequence[Sequence[bytes]]) -> Float[Tensor, "batch tokens out"]:
+        """The mean entry of each token, drawn to the mean of all where it was seen rarely, or never."""
+        total = self.entries.sum(0, keepdim=True) / self.counts.sum()
+        means = torch.cat([(self.entries + PRIOR * total) / (self.counts + PRIOR), total]).float()
+        return means[torch.tensor([[self.index.get(text, len(self)) for text in row] for row in texts])]
 
 
 def _grown(held: Tensor, added: Tensor, rows: Tensor, n: int) -> Float64[Tensor, "known width"]:

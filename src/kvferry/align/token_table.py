@@ -11,11 +11,8 @@ from torch import Tensor
 
 from kvferry.align.contract import Contract, Unfitted
 from kvferry.align.features import as_receiver
-from kvferry.align.token_means import TokenMeans
+from kvferry.align.token_means import PRIOR, TokenMeans
 from kvferry.kv import KV
-
-PRIOR = 1.0
-"""So many tokens of the receiver's mean entry stand behind each entry: a token seen once says little."""
 
 
 class TokenTable(Unfitted):

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvferry.align.contract import Aligner, Grid
-from kvferry.align.token_table import TokenTable
 from kvferry.errors import UsageError
 from kvferry.metrics.paired import Paired, paired
 from kvferry.models.load import Model
 from kvferry.train.cases import Way
 from kvferry.train.examples import Source
 from kvferry.train.fidelity import Fidelity, fidelity
-from kvferry.train.fit import N_HELD_OUT, Material, Watch, closed_form, frozen, prepare, train
+from kvferry.train.fit import N_HELD_OUT, Material, Watch, closed_form, frozen, prepare, token_table, train
 from kvferry.train.recipe import FitRecipe
 from kvferry.train.route import Route
 from kvferry.train.scores import Score, behind, mean_loss, score
@@ -131,12 +130,8 @@ def megabytes(aligner: Aligner) -> float:
 
 def _judged(best: Candidate, found: list[Candidate], material: Material) -> Choice:
     test = material.take("test", N_HELD_OUT)
-    table, _ = closed_form(material, TokenTable.name)
-    *scores, beside = score(
-        material.route,
-        [*behind(best.aligner, material.codecs), *behind(table, material.codecs[:1])],
-        test,
-    )
+    judged = [*behind(best.aligner, material.codecs), token_table(material)]
+    *scores, beside = score(material.route, judged, test)
     # Fewer nats are better, more of what is compared is.
     over_table = paired(-scores[0].nats, -beside.nats)
-    return Choice(best, found, material, [*scores, replace(beside, name="token table")], over_table)
+    return Choice(best, found, material, [*scores, beside], over_table)

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 from kvferry.align.contract import Aligner, Contract
+from kvferry.align.features import as_receiver
 from kvferry.align.identity import Identity
 from kvferry.align.mean_only import MeanOnly
 from kvferry.align.ridge import Sums
-from kvferry.align.token_table import TokenTable
 from kvferry.align.zero_pad import ZeroPad
 from kvferry.codec import Codec, roundtrip
 from kvferry.errors import ModelRefused
@@ -28,10 +28,10 @@ from kvferry.train.closed import fresh, neighbours_of, solve_into, takes_penalty
 from kvferry.train.examples import Batches, Example, Source, Split
 from kvferry.train.loop import Evaluation, Loss, Step, Trained, Trainer
 from kvferry.train.objective import Objective
-from kvferry.train.paired import Pairs, collect
+from kvferry.train.paired import Pairs, collect, token_texts
 from kvferry.train.recipe import FitRecipe
 from kvferry.train.route import Route
-from kvferry.train.scores import Judged, Score, behind, mean_cache, mean_loss, other_contexts, score
+from kvferry.train.scores import Judged, Score, behind, mean_cache, mean_loss, other_contexts, score, through
 from kvferry.train.trainable import Trainable, trainable
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -209,20 +209,25 @@ def score_controls(material: Material, aligner: Aligner, examples: Sequence[Exam
     cache; and what needs no map: the receiver's mean entry and its table of tokens."""
     route, receiver = material.route, material.route.receiver
     alone = Contract(sender=receiver.geometry, receiver=receiver.geometry)
-    mean, table = (closed_form(material, name)[0] for name in (MeanOnly.name, TokenTable.name))
-    own = [Judged("the receiver's own cache", Identity(alone), _as_it_is)]
+    own = [through("the receiver's own cache", Identity(alone))]
     others = [
-        Judged("cut or padded with zeros", ZeroPad(material.contract), _as_it_is),
-        Judged("another context", aligner, other_contexts),
-        Judged("mean cache", aligner, mean_cache),
-        Judged("mean entry", mean, _as_it_is),
-        Judged("token table", table, _as_it_is),
+        through("cut or padded with zeros", ZeroPad(material.contract)),
+        through("another context", aligner, other_contexts),
+        through("mean cache", aligner, mean_cache),
+        through("mean entry", closed_form(material, MeanOnly.name)[0]),
+        token_table(material),
     ]
     return [*score(Route(receiver, receiver), own, examples), *score(route, others, examples)]
 
 
-def _as_it_is(kv: KV) -> KV:
-    return kv
+def token_table(material: Material) -> Judged:
+    """The honest zero: the receiver's mean entry for the text of each token, known here and not recognised."""
+    known, receiver = material.pairs.tokens, material.contract.receiver
+
+    def look_up(sent: KV, contexts: Sequence[str]) -> KV:
+        return as_receiver(sent, known.entries_of(token_texts(sent, contexts)).to(sent.device), receiver)
+
+    return Judged("token table", look_up, material.contract.stride)
 
 
 def _loss(

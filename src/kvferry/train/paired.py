@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import TypeVar
 
 from jaxtyping import Bool, Float
@@ -93,7 +94,9 @@ def _add_batch(pairs: Pairs, route: Route, texts: Sequence[str], roundtrips: Seq
     classes = classes_of(sent) if route.grid == "receiver" else None
     for trip in roundtrips:
         pairs.add(_sums(with_neighbours(trip(sent), pairs.neighbours), entries, paired, classes))
-    pairs.tokens.add(token_texts(sent, texts, paired), first_layer(sent)[paired], entries[paired])
+    told = [text for row in token_texts(sent, texts) for text in row]
+    known = list(compress(told, paired.flatten().tolist()))
+    pairs.tokens.add(known, first_layer(sent)[paired], entries[paired])
     pairs.n_sent += int(sent.present[0].sum())
     pairs.n_held += int(held.present[0].sum())
 
@@ -105,13 +108,12 @@ def targets(sent: KV, held: KV) -> tuple[Float[Tensor, "batch tokens out"], Bool
     return weights @ flatten(held), weights.sum(-1) > 0.5
 
 
-def token_texts(sent: KV, texts: Sequence[str], which: Bool[Tensor, "batch tokens"]) -> list[bytes]:
-    """The bytes that each of these tokens stands for."""
-    found = []
-    for text, spans, row in zip(texts, sent.spans, which.cpu().numpy(), strict=True):
-        content = text.encode()
-        found += [content[spans.start[token] : spans.end[token]] for token in row.nonzero()[0]]
-    return found
+def token_texts(sent: KV, texts: Sequence[str]) -> list[list[bytes]]:
+    """The bytes that each token stands for, row by row; none for padding."""
+    return [
+        [content[start:end] for start, end in zip(spans.start.tolist(), spans.end.tolist(), strict=True)]
+        for content, spans in zip((text.encode() for text in texts), sent.spans, strict=True)
+    ]
 
 
 def _sums(

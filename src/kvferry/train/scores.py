@@ -1,6 +1,6 @@
 """Held-out quality of a map: nats per scored token and answers right, example by example, with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -41,18 +41,27 @@ class Score:
         return wilson(round(self.accuracy * self.n_pieces), self.n_pieces)
 
 
+Arrive = Callable[[KV, Sequence[str]], KV]
+"""What the sender holds of some contexts, and the contexts: to a cache of the receiver's."""
+
+
 @dataclass(frozen=True)
 class Judged:
-    """A map behind whatever a cache goes through before it."""
+    """A way from the sender's cache to the receiver's, and the receiver's positions per slot."""
 
     name: str
-    aligner: Aligner
-    trip: Roundtrip
+    arrive: Arrive
+    stride: float
+
+
+def through(name: str, aligner: Aligner, trip: Roundtrip | None = None) -> Judged:
+    """A map, behind what a cache may go through before it."""
+    return Judged(name, lambda kv, _: aligner(kv if trip is None else trip(kv)), aligner.contract.stride)
 
 
 def behind(aligner: Aligner, codecs: Sequence[Codec]) -> list[Judged]:
     """A map behind each of the codecs."""
-    return [Judged(repr(codec), aligner, partial(roundtrip, codec)) for codec in codecs]
+    return [through(repr(codec), aligner, partial(roundtrip, codec)) for codec in codecs]
 
 
 @torch.no_grad()
@@ -60,11 +69,12 @@ def score(route: Route, judged: Sequence[Judged], examples: Sequence[Example]) -
     """Held-out quality of each; every text is read once."""
     tallies = [_Tally() for _ in judged]
     for batch in batches(examples, _BATCH):
-        sent = route.sent([example.context for example in batch])
+        contexts = [example.context for example in batch]
+        sent = route.sent(contexts)
         after = continuations(route.receiver, batch)
         for one, tally in zip(judged, tallies, strict=True):
-            aligned = one.aligner(one.trip(sent))
-            tally.add(answer_scores(route.receiver, aligned, after, one.aligner.contract.stride))
+            arrived = one.arrive(sent, contexts)
+            tally.add(answer_scores(route.receiver, arrived, after, one.stride))
     return [tally.score(one.name) for one, tally in zip(judged, tallies, strict=True)]
 
 

@@ -1,28 +1,35 @@
 """The arms of a pair: controls, closed forms, trained maps, and the same under the wire's noise."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 from kvferry.align.contract import Aligner, Grid
 from kvferry.codec import CODECS, roundtrip
-from kvferry.kv import KV
 from kvferry.lab.align.passages import Pair
 from kvferry.train.auto import megabytes
 from kvferry.train.cases import Way
 from kvferry.train.fidelity import Fidelity, fidelity
-from kvferry.train.fit import Material, Watch, closed_form, prepare, train
+from kvferry.train.fit import Material, Watch, closed_form, prepare, token_table, train
 from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.recipe import DataRecipe, FitRecipe
 from kvferry.train.route import Route
-from kvferry.train.scores import mean_cache, other_contexts
+from kvferry.train.scores import Judged, mean_cache, other_contexts, through
 
 NEIGHBOURS = 3
 N_FIDELITY = 32
 RAW = ("raw(dtype=float16, zstd=0)",)
 CODED = ("int(bits=8)", "int(bits=4)", "int(bits=2)")
-CONTROLS = ("mean_only", "token_table", "zero_pad", "truncate", "interpolate", "random_map")
+CONTROLS = (
+    "mean_only",
+    "token_table",
+    "token_table_aligner",
+    "zero_pad",
+    "truncate",
+    "interpolate",
+    "random_map",
+)
 CLOSED = (
     "procrustes(sources=nearest_depth)",
     "blockwise(sources='top_k_sources(k=2)')",
@@ -69,29 +76,34 @@ class Arm:
 
     name: str
     grid: Grid
-    aligner: Aligner
+    judged: Judged
     codec: str
-    trip: Callable[[KV], KV]
     kind: str
+    mb: float | None = None
     seconds: float = 0.0
-    near: Fidelity | None = field(default=None, compare=False)
-
-    @property
-    def mb(self) -> float:
-        return megabytes(self.aligner)
+    near: Fidelity | None = None
 
 
 def arms(pair: Pair, grid: Grid, settings: Settings) -> Iterator[Arm]:
     """Controls first; then every map on clean caches; then the best of both kinds, fitted under coarse codecs."""
     raw, seconds = _prepared(pair, grid, settings, RAW)
     for name in CONTROLS:
-        yield Arm(name, grid, closed_form(raw, name)[0], RAW[0], _as_it_is, "control")
+        yield _control(raw, name)
     for spec in (*CLOSED, *((BEST_CLOSED[grid],) if grid == "receiver" else ())):
         yield from _closed(raw, spec, seconds, controls=spec == BEST_CLOSED[grid])
     if settings.steps:
         for spec in (BEST_TRAINED[grid], *(OTHER_TRAINED if settings.every_projector else ())):
             yield from _trained(raw, spec, seconds, controls=spec == BEST_TRAINED[grid])
     yield from _coded(pair, grid, settings)
+
+
+def _control(material: Material, name: str) -> Arm:
+    """The table of tokens reads them from the text; `token_table_aligner` recognises them in what the sender sent."""
+    grid = material.route.grid
+    if name == "token_table":
+        return Arm(name, grid, token_table(material), RAW[0], "control")
+    aligner, _ = closed_form(material, name.removesuffix("_aligner"))
+    return Arm(name, grid, through(name, aligner), RAW[0], "control", megabytes(aligner))
 
 
 def _closed(material: Material, spec: str, seconds: float, *, controls: bool) -> Iterator[Arm]:
@@ -113,14 +125,11 @@ def _trained(material: Material, spec: str, seconds: float, *, controls: bool) -
 def _with_controls(
     material: Material, spec: str, aligner: Aligner, kind: str, seconds: float, controls: bool
 ) -> Iterator[Arm]:
-    grid = material.route.grid
-    arm = Arm(
-        spec, grid, aligner, material.recipe.codecs[0], _as_it_is, kind, seconds, _near(material, aligner)
-    )
-    yield arm
+    arm = Arm(spec, material.route.grid, through(spec, aligner), RAW[0], kind, megabytes(aligner), seconds)
+    yield replace(arm, near=_near(material, aligner))
     if controls:
-        yield replace(arm, trip=other_contexts, kind=f"{kind}, another passage", near=None)
-        yield replace(arm, trip=mean_cache, kind=f"{kind}, mean cache", near=None)
+        yield replace(arm, judged=through(spec, aligner, other_contexts), kind=f"{kind}, another passage")
+        yield replace(arm, judged=through(spec, aligner, mean_cache), kind=f"{kind}, mean cache")
 
 
 def _coded(pair: Pair, grid: Grid, settings: Settings) -> Iterator[Arm]:
@@ -141,8 +150,8 @@ def _coded(pair: Pair, grid: Grid, settings: Settings) -> Iterator[Arm]:
 
 def _behind(spec: str, material: Material, aligner: Aligner, kind: str, seconds: float) -> Iterator[Arm]:
     for codec in material.recipe.codecs:
-        trip = partial(roundtrip, CODECS.parse(codec))
-        yield Arm(spec, material.route.grid, aligner, codec, trip, kind, seconds)
+        judged = through(spec, aligner, partial(roundtrip, CODECS.parse(codec)))
+        yield Arm(spec, material.route.grid, judged, codec, kind, megabytes(aligner), seconds)
 
 
 def _prepared(pair: Pair, grid: Grid, settings: Settings, codecs: tuple[str, ...]) -> tuple[Material, float]:
@@ -156,7 +165,3 @@ def _near(material: Material, aligner: Aligner) -> Fidelity:
     route = material.route
     way = Way(route.sender, route.receiver, aligner, material.codecs[0])
     return fidelity(way, material.take("test", N_FIDELITY))
-
-
-def _as_it_is(kv: KV) -> KV:
-    return kv

@@ -59,7 +59,7 @@ def _grid_points(ground: Ground, grid: str, settings: Settings) -> Iterator[Poin
     zeros: dict[tuple[str, bool], Nats] = {}
     for arm in arms(ground.pair, plots.grid, settings):
         for with_tail in (False, True) if arm.codec == RAW[0] else (False,):
-            nats = plots.nats(ground, arm.aligner, arm.trip, with_tail=with_tail)
+            nats = plots.nats(ground, arm.judged, with_tail=with_tail)
             if arm.name in _ZEROS:
                 zeros[arm.name, with_tail] = nats
             beside = {name: zeros[name, with_tail] for name in _ZEROS if (name, with_tail) in zeros}

@@ -1,13 +1,12 @@
 """What all arms of a pair stand on: the same test passages, and how the receiver does without any map."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvferry.align.contract import Aligner, Grid
-from kvferry.kv import KV
+from kvferry.align.contract import Grid
 from kvferry.lab.align.passages import Pair, Passage
 from kvferry.lab.align.task import Batch, Nats, after_cache, after_text, batches_of
 from kvferry.train.route import Route
+from kvferry.train.scores import Judged
 
 TEXTS = (16, 64, 128)
 
@@ -44,11 +43,13 @@ class Plots:
     whole: list[Batch]
     without_tail: list[Batch]
 
-    def nats(self, ground: Ground, aligner: Aligner, trip: Callable[[KV], KV], *, with_tail: bool) -> Nats:
-        """Behind a map, after what `trip` does to the cache."""
+    def nats(self, ground: Ground, judged: Judged, *, with_tail: bool) -> Nats:
+        """Behind a map, with the tail as text or without."""
         batches = self.without_tail if with_tail else self.whole
-        stride = aligner.contract.stride
-        return after_cache(ground.pair.receiver, batches, lambda batch: aligner(trip(batch.sent)), stride)
+        receiver = ground.pair.receiver
+        return after_cache(
+            receiver, batches, lambda batch: judged.arrive(batch.sent, batch.contexts), judged.stride
+        )
 
 
 def plots_of(ground: Ground, grid: Grid) -> Plots:

@@ -37,6 +37,12 @@ class Batch:
     sent: KV
 
     @property
+    def contexts(self) -> list[str]:
+        """The texts that were read for `sent`."""
+        pairs = zip(self.passages, self.tails, strict=True)
+        return [passage.prefix[: len(passage.prefix) - len(tail)] for passage, tail in pairs]
+
+    @property
     def suffixes(self) -> list[str]:
         return [passage.suffix for passage in self.passages]
 
