@@ -22,7 +22,7 @@ N_CLASSES = 8
 _MOST = 4
 
 
-def on_receiver_grid(kv: KV, targets: Sequence[Spans], how: str = "mean") -> KV:
+def on_receiver_grid(kv: KV, targets: Sequence[Spans], how: str = "weighted") -> KV:
     """`pool` onto the receiver's tokens `targets`, a row for each sequence; spans then say the overlap classes.
 
     Raises what `pool` raises.

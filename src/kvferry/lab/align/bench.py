@@ -6,6 +6,7 @@ beside every map, on the same passages.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,12 @@ def _pair_points(names: tuple[str, str], settings: Settings) -> Iterator[Point]:
     texts |= {f"last {n} characters": nats for n, nats in ground.ends.items()}
     for name, nats in texts.items():
         yield _point(ground, {"aligner": name, "codec": "text", "grid": "none"}, nats, {}, settings)
-    alike = pair.sender.geometry.tokenizer == pair.receiver.geometry.tokenizer
-    for grid in ("sender",) if alike else ("receiver", "sender"):
-        yield from _grid_points(ground, grid, settings)
+    if pair.sender.geometry.tokenizer == pair.receiver.geometry.tokenizer:
+        yield from _grid_points(ground, "sender", settings)
+        return
+    yield from _grid_points(ground, "receiver", settings)
+    # Beside it, for comparison: closed forms say which grid is the better one.
+    yield from _grid_points(ground, "sender", replace(settings, steps=0))
 
 
 def _grid_points(ground: Ground, grid: str, settings: Settings) -> Iterator[Point]:
