@@ -13,6 +13,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.features import as_receiver
 from kvferry.align.identity import Identity
@@ -178,6 +180,7 @@ def closed_form(material: Material, spec: str) -> tuple[Aligner, float | None]:
 
 
 def _solved(material: Material, like: Aligner, penalty: float) -> Aligner:
+    torch.manual_seed(material.seed)  # what has no closed form starts at random
     aligner = type(like)(material.contract, **like.options()).to(material.route.receiver.device).eval()
     solve_into(aligner, material.pairs, penalty)
     return aligner
@@ -187,7 +190,8 @@ def train(material: Material, aligner: Aligner, watch: Watch) -> tuple[Aligner, 
     """Train from where an aligner stands, through each codec in turn; what is best on dev is kept."""
     recipe, route = material.recipe, material.route
     module = trainable(aligner, material.pairs)
-    objective = Objective(route.receiver, recipe.losses, material.contract.stride)
+    texts = material.take("train", recipe.data.texts)
+    objective = Objective.prepared(route.receiver, recipe.losses, material.contract.stride, texts)
     dev = material.take("dev", N_HELD_OUT // 2)
     trainer = Trainer(
         module,
@@ -235,7 +239,7 @@ def _loss(
 ) -> Loss:
     codec = material.codecs[step % len(material.codecs)]
     sent = roundtrip(codec, material.route.sent([row.context for row in rows]))
-    return objective(module(sent), rows)
+    return objective(module(sent), rows, step)
 
 
 def _dev_loss(material: Material, module: Trainable, dev: Sequence[Example]) -> float:
@@ -252,4 +256,4 @@ def _identity(material: Material) -> dict[str, object]:
     recipe = asdict(material.recipe)
     recipe.pop("loop")
     models = {"sender": contract.sender.model, "receiver": contract.receiver.model}
-    return {**models, "source": material.source.name, "recipe": recipe}
+    return {**models, "source": material.source.name, "texts": material.digest, "recipe": recipe}
