@@ -13,7 +13,7 @@ from kvferry.fuse.layout import relay_layout
 from kvferry.kv import KV
 from kvferry.models.capture import capture
 from kvferry.models.load import Model
-from kvferry.models.tokens import join
+from kvferry.models.tokens import Tokens, join
 from kvferry.rope import rotate
 from kvferry.train.answer_loss import continuations
 from kvferry.train.examples import Example
@@ -64,17 +64,23 @@ class Way:
         route = Route(self.sender, self.receiver, self.aligner.contract.grid)
         sent, held = route.sent(contexts), route.held(contexts)
         coded = roundtrip(self.codec, sent)
-        whole = capture(self.receiver, join(self.receiver.contexts(contexts), after), ("queries_content",))
-        mask = after.mask.to(self.receiver.device)
-        content = tuple(layer[:, :, -mask.shape[1] :] for layer in whole.evidence.queries_content)
+        content, mask = content_queries(self.receiver, contexts, after), after.mask.to(self.receiver.device)
         stride = self.aligner.contract.stride
         mapped, mapped_coded = (
-            _asked(self.receiver, self.aligner(kv), stride, content, mask) for kv in (sent, coded)
+            asked(self.receiver, self.aligner(kv), stride, content, mask) for kv in (sent, coded)
         )
-        return Case(sent, coded, mapped, mapped_coded, _asked(self.receiver, held, 1.0, content, mask))
+        return Case(sent, coded, mapped, mapped_coded, asked(self.receiver, held, 1.0, content, mask))
 
 
-def _asked(
+def content_queries(
+    receiver: Model, contexts: Sequence[str], after: Tokens
+) -> tuple[Float[Tensor, "batch queries new dim"], ...]:
+    """By layer, the receiver's queries, without rotation, where it reads `after` behind contexts that it has read."""
+    whole = capture(receiver, join(receiver.contexts(list(contexts)), after), ("queries_content",))
+    return tuple(layer[:, :, -after.ids.shape[1] :] for layer in whole.evidence.queries_content)
+
+
+def asked(
     receiver: Model,
     kv: KV,
     stride: float,

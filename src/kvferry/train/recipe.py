@@ -20,7 +20,7 @@ from kvferry.models.prompt import Prompt
 from kvferry.spec import read_call
 from kvferry.train.examples import Source, source_of
 from kvferry.train.loop_recipe import LoopRecipe
-from kvferry.train.objective import TERMS
+from kvferry.train.objective import loss_of
 from kvferry.train.strict_yaml import read_strictly
 
 
@@ -34,10 +34,9 @@ def _aligner(spec: str) -> str:
     return spec
 
 
-def _loss(name: str) -> str:
-    if name not in TERMS:
-        raise UnknownName("loss", name, TERMS)
-    return name
+def _loss(spec: str) -> str:
+    loss_of(spec)
+    return spec
 
 
 def _weight(value: float) -> float:
@@ -83,6 +82,7 @@ class FitRecipe:
     losses: dict[Annotated[str, AfterValidator(_loss)], Annotated[float, AfterValidator(_weight)]] = field(
         default_factory=lambda: {"answer": 1.0}
     )
+    """`answer`, `own_text`, and losses of caches by their specs, see `kvferry.train.objective`."""
     loop: LoopRecipe = field(default_factory=LoopRecipe)
 
     def __post_init__(self) -> None:
@@ -92,8 +92,8 @@ class FitRecipe:
                 raise UsageError(f"{name} is empty, out of range", cure=f"Name at least one of {name}")
         aligner_call(self.aligner)
         self.parsed()
-        for name, weight in self.losses.items():
-            _loss(name)
+        for spec, weight in self.losses.items():
+            _loss(spec)
             _weight(weight)
 
     def parsed(self) -> list[Codec]:
