@@ -79,6 +79,38 @@ def bench_fuse(
     Console(highlight=False).print(rich_table(fusion_sheet(result)))
 
 
+@bench.command("enrich")
+def bench_enrich(
+    sender: Annotated[str, typer.Option(help="Has the skill: folder or zoo name.")] = "gemma3",
+    receiver: Annotated[str, typer.Option(help="Lacks it.")] = "llama",
+    fusers: Annotated[
+        str, typer.Option(help="Separated by ','; the controls are the first one's.")
+    ] = "gated_residual,c2c",
+    facts: Annotated[int, typer.Option(min=2, help="Of each context, an even number.")] = 8,
+    items: Annotated[int, typer.Option(min=2, help="Test items of each seed, an even number.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with items of its own.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 600,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+) -> None:
+    """Whether a sender's cache helps a receiver that has read the same, and what else would explain it."""
+    from rich.console import Console
+
+    from kvferry.lab.enrich.bench import run_bench, save_enrich
+    from kvferry.lab.enrich.settings import Settings
+    from kvferry.lab.enrich.sheets import enrich_sheet
+    from kvferry.lab.wire.tables import rich_table
+
+    named = _parts(fusers, ",") or ()
+    settings = Settings(sender, receiver, named, facts, items, seeds, steps)
+    result = run_bench(settings, Console(stderr=True, highlight=False).print)
+    if json:
+        save_enrich(result, json)
+    out = Console(highlight=False)
+    out.print(rich_table(enrich_sheet(result)), width=max(out.width, _WIDE))
+    for line in result.verdict:
+        out.print(line, soft_wrap=True)
+
+
 @bench.command("align")
 def bench_align(
     pairs: Annotated[

@@ -31,6 +31,9 @@ class Fuser(nn.Module, ABC):
         """What the constructor takes beside the geometries, as JSON."""
         return {}
 
+    def start(self, own: KV, arrived: KV) -> None:
+        """Take what can be known before training from caches of some hundred texts. For most it means nothing."""
+
     def anneal(self, progress: float) -> None:
         """Say how far training is, from 0 to 1. Fusers with soft gates harden them; for others it means nothing."""
         if not 0 <= progress <= 1:

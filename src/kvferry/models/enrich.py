@@ -5,6 +5,7 @@ reading never waits for the link, and where nothing is added its answer is to th
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvferry.fuse.merge import Conflict
 from kvferry.fuse.residual import Contribution, enriched
+from kvferry.kv import KV, Spans
 from kvferry.models.load import Model
 from kvferry.models.state import State, empty, held, put, read
 from kvferry.models.tokens import Tokens
@@ -33,12 +35,42 @@ def enrich(
     absent. Returns the state, and the logits of the last `keep` tokens of `after` (0: of all). Differentiable in the
     fusers, not in the model. Raises what `read` and the fusers raise.
     """
+    return go_on(read_prompt(model, prompt, after), after, senders, conflict=conflict, keep=keep)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt that a receiver has read, to be gone on from as often as wanted."""
+
+    state: State
+    spans: tuple[Spans, ...]
+
+    @property
+    def own(self) -> KV:
+        """The receiver's cache of the prompt, keys rotated."""
+        return held(self.state, self.spans)
+
+
+@torch.no_grad()
+def read_prompt(model: Model, prompt: Tokens, after: Tokens) -> Prompted:
+    """The first half of `enrich`; of `after` only the length counts. Raises what `read` raises."""
     n_tokens = int((prompt.lengths + after.lengths).max())
     state = empty(model, len(prompt.ids), call_length=n_tokens)
-    with torch.no_grad():
-        read(state, prompt)
-        own = held(state, prompt.spans)
-    put(state, enriched(own, senders, conflict))
+    read(state, prompt)
+    return Prompted(state, prompt.spans)
+
+
+def go_on(
+    prompted: Prompted,
+    after: Tokens,
+    senders: Sequence[Contribution],
+    *,
+    conflict: Conflict = "sum",
+    keep: int = 1,
+) -> tuple[State, Float[Tensor, "batch keep vocab"]]:
+    """The second half of `enrich`. What it is given stays as it is."""
+    state = replace(prompted.state)
+    put(state, enriched(prompted.own, senders, conflict))
     return state, read(state, after, keep=keep)
 
 
