@@ -1,5 +1,6 @@
 """`kvferry fit`: a map from one model's cache to another's."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -74,6 +75,10 @@ def fit(
 
     if max_mb is not None and not auto:
         raise UsageError("--max-mb without --auto", cure="Say --auto, or choose the map by --aligner")
+    beside = _given(aligner=aligner, grid=grid, checkpoints=checkpoints, journal=journal)
+    if auto and beside:
+        cure = "Leave it out: --auto tries every map on either grid"
+        raise UsageError(f"--{next(iter(beside))} with --auto", cure=cure)
     base = load_recipe(recipe) if recipe else DEFAULT_RECIPE
     chosen = replace(
         base,
@@ -82,12 +87,13 @@ def fit(
         **_given(aligner=aligner, grid=grid, codecs=_specs(codecs)),
     )
     models = load(sender), load(receiver)
-    command = _command(public_name(sender), public_name(receiver), chosen)
+    names = public_name(sender), public_name(receiver)
     if auto:
-        command += " --auto" if max_mb is None else f" --auto --max-mb {max_mb:g}"
-        report = fit_auto(models, chosen, max_mb, command)
+        cap = "" if max_mb is None else f" --max-mb {max_mb:g}"
+        report = fit_auto(models, chosen, max_mb, _command(names, f"--auto{cap}", chosen))
     else:
-        report = fit_one(models, chosen, checkpoints, journal, command)
+        which = f"--aligner {shlex.quote(chosen.aligner)} --grid {chosen.grid}"
+        report = fit_one(models, chosen, checkpoints, journal, _command(names, which, chosen))
     report.save(out)
     show(report, out, json)
 
@@ -101,13 +107,14 @@ def _specs(codecs: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in codecs.split(";")) if codecs else None
 
 
-def _command(sender: str, receiver: str, recipe: "FitRecipe") -> str:
+def _command(names: tuple[str, str], which: str, recipe: "FitRecipe") -> str:
     """The call that makes the same folder again, but for a recipe's finer points, which the card names."""
     loop, data = recipe.loop, recipe.data
-    source = "" if data.source == "worlds" else f" --data {Path(data.source).name}"
+    where = data.source if data.source.startswith("datasets:") else Path(data.source).name
+    source = "" if where == "worlds" else f" --data {shlex.quote(where)}"
     return (
-        f"kvferry fit --sender {sender} --receiver {receiver} --aligner '{recipe.aligner}'"
-        f" --codecs '{'; '.join(recipe.codecs)}'{source} --grid {recipe.grid} --steps {loop.steps}"
+        f"kvferry fit --sender {names[0]} --receiver {names[1]} {which}"
+        f" --codecs {shlex.quote('; '.join(recipe.codecs))}{source} --steps {loop.steps}"
         f" --texts {data.texts} --batch-size {data.batch_size} --learning-rate {loop.learning_rate:g}"
         f" --seed {loop.seed} --out DIR"
     )

@@ -4,6 +4,7 @@ Neither R2 nor the cosine of keys predicts answers, so neither has a say. A map 
 table of tokens, which knows what was written and nothing of what it means, item by item and beyond doubt.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -93,8 +94,8 @@ def choose(
                     on_candidate(candidate)
         fitting = [one for one in found if max_mb is None or one.mb <= max_mb]
         if not fitting:
-            smallest = min(one.mb for one in found)
-            raise UsageError(f"no map is as small as {max_mb} MB", cure=f"Allow {smallest:.2f} MB")
+            enough = math.ceil(100 * min(one.mb for one in found)) / 100
+            raise UsageError(f"no map is as small as {max_mb} MB", cure=f"Allow {enough:.2f} MB")
         best = min(fitting, key=lambda one: one.rank)
         return _judged(best, found, materials[best.grid])
 
