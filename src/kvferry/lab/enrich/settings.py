@@ -53,4 +53,5 @@ class Settings:
         """One training."""
         base = RECIPES[fuser]
         loop = replace(base.loop, steps=self.steps, seed=seed)
-        return replace(base, loop=loop, hears=hears, prompts=self.prompts)
+        start = min(base.start, self.prompts)
+        return replace(base, loop=loop, hears=hears, prompts=self.prompts, start=start)
