@@ -35,8 +35,8 @@ def test_shipped_recipes_load(path):
     assert isinstance(recipe.data.open(PLAIN), Worlds)
 
 
-def test_there_are_two_shipped_recipes():
-    assert len(list((ROOT / "docs" / "recipes").glob("*.yaml"))) == 2
+def test_there_are_three_shipped_recipes():
+    assert len(list((ROOT / "docs" / "recipes").glob("*.yaml"))) == 3
 
 
 def test_what_is_left_out_has_a_default(tmp_path):
