@@ -32,7 +32,8 @@ GridOption = Annotated[
     typer.Option(help="Whose tokens the slots are. Default: the sender's."),
 ]
 Steps = Annotated[
-    int | None, typer.Option(help="Steps after the closed form, 0 for that alone. Default: 3000.")
+    int | None,
+    typer.Option(help="Steps after the closed form, 0 for that alone. Default: 3000, with --auto 300."),
 ]
 Texts = Annotated[int | None, typer.Option(help="Texts for the closed form. Default: 512.")]
 BatchSize = Annotated[int | None, typer.Option(help="Contexts per training step. Default: 16.")]
@@ -70,6 +71,7 @@ def fit(
     from kvferry.cli.fitting import fit_auto, fit_one, show
     from kvferry.errors import UsageError
     from kvferry.models.load import load, public_name
+    from kvferry.train.auto import AUTO_RECIPE
     from kvferry.train.fit import DEFAULT_RECIPE
     from kvferry.train.recipe import load_recipe
 
@@ -79,7 +81,7 @@ def fit(
     if auto and beside:
         cure = "Leave it out: --auto tries every map on either grid"
         raise UsageError(f"--{next(iter(beside))} with --auto", cure=cure)
-    base = load_recipe(recipe) if recipe else DEFAULT_RECIPE
+    base = load_recipe(recipe) if recipe else AUTO_RECIPE if auto else DEFAULT_RECIPE
     chosen = replace(
         base,
         loop=replace(base.loop, **_given(steps=steps, learning_rate=learning_rate, seed=seed)),

@@ -15,11 +15,30 @@ from kvferry.models.load import Model
 from kvferry.train.cases import Way
 from kvferry.train.examples import Source
 from kvferry.train.fidelity import Fidelity, fidelity
-from kvferry.train.fit import N_HELD_OUT, Material, Watch, closed_form, frozen, prepare, token_table, train
+from kvferry.train.fit import (
+    DEFAULT_ALIGNER,
+    DEFAULT_CODECS,
+    N_HELD_OUT,
+    Material,
+    Watch,
+    closed_form,
+    frozen,
+    prepare,
+    token_table,
+    train,
+)
+from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.recipe import FitRecipe
 from kvferry.train.route import Route
 from kvferry.train.scores import Score, behind, mean_loss, score
 
+AUTO_RECIPE = FitRecipe(
+    DEFAULT_ALIGNER,
+    DEFAULT_CODECS,
+    losses={"own_text": 1.0},
+    loop=LoopRecipe(steps=300, learning_rate=1e-3, warmup=20, evaluate_every=50),
+)
+"""Cheap: what the receiver itself expects of the text teaches more in few steps than which token came."""
 NEIGHBOURS = 3
 N_FIDELITY = 32
 CLOSED = (

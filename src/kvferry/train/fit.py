@@ -34,6 +34,7 @@ from kvferry.train.paired import Pairs, collect, token_texts
 from kvferry.train.recipe import FitRecipe
 from kvferry.train.route import Route
 from kvferry.train.scores import Judged, Score, behind, mean_cache, mean_loss, other_contexts, score, through
+from kvferry.train.sources.fitting import Fitting
 from kvferry.train.trainable import Trainable, trainable
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -78,7 +79,7 @@ class Material:
     """What a fit works on: the route, examples by split, sums under all codecs, and the contract that comes of it."""
 
     route: Route
-    source: Source
+    source: Fitting
     recipe: FitRecipe
     codecs: list[Codec]
     pairs: Pairs
@@ -148,7 +149,7 @@ def trips(codecs: Sequence[Codec]) -> list[Roundtrip]:
 
 def prepare(route: Route, source: Source, recipe: FitRecipe, neighbours: int | None = None) -> Material:
     """Read the texts with both models, through every codec."""
-    codecs = recipe.parsed()
+    codecs, source = recipe.parsed(), Fitting(source, route.sender, route.receiver)
     texts = [
         example.context for example in islice(source.examples("train", recipe.loop.seed), recipe.data.texts)
     ]

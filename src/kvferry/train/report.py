@@ -72,7 +72,7 @@ def _verdict(choice: Choice) -> str:
 
 
 def _data(material: Material) -> str:
-    name, seed = described(material.source), material.seed
+    name, seed = described(material.source.source), material.seed
     return f"{name}, SHA-256 {material.digest[:16]} of the closed form's texts, seed {seed}; scores are from test"
 
 
