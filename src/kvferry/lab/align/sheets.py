@@ -69,7 +69,7 @@ def _row(point: Point, tails: dict[tuple[object, ...], Point]) -> tuple[str, ...
     return (
         str(recipe["aligner"]),
         str(recipe.get("kind", "")),
-        str(recipe["codec"]).partition(", z")[0],
+        str(recipe["codec"]).replace(", zstd=0", ""),
         _n(metrics["nll_per_char"], 4),
         f"{_n(metrics['gap_closed'], 3)} ({low:.3f} to {high:.3f})",
         "" if under is None else f"{_n(metrics['nats_under_table'], 4)} ({under[0]:.4f} to {under[1]:.4f})",
