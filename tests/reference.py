@@ -19,6 +19,7 @@ from reference_frame import (
     Classes,
     read_classes,
     read_frame,
+    read_overlaps_of,
     read_shape,
     read_tokens,
     require,
@@ -312,6 +313,7 @@ def decode(data: bytes, profile: Fitted | None = None) -> Arrays:
     weighting = WEIGHTINGS[spec or b""]
     require(frame.profile == (int(profile.fingerprint[:16], 16) if profile else 0), "another profile")
     require(profile is None or (weighting == "layer" and frame.body(8) is None), "weights beside a profile")
+    read_overlaps_of(frame)
     shape = read_shape(frame.body(2) or b"")
     held = read_tokens(frame.body(3), len(shape), frame.n_tokens)
     parts = parts_of(shape, held, read_classes(frame.body(7), held))

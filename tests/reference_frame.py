@@ -77,6 +77,7 @@ class Header:
     step: int
     n_tokens: int
     profile: int
+    receivers_grid: bool = False
     segments: list[tuple[int, bytes]] = field(default_factory=list)
 
     def body(self, kind: int) -> bytes | None:
@@ -91,7 +92,7 @@ def read_frame(data: bytes) -> Header:
     require((magic, major, kind, flags & ~2) == (b"\x89KVW", 1, 1, 0), "another frame")
     require((distance, reference) == (0, 0) and frame_id >= 0, "a reference in an I frame")
     require(check == low32(data[:60]), "checksum of the header")
-    header = Header(step, n_tokens, hashes[3])
+    header = Header(step, n_tokens, hashes[3], flags == 2)
     rest, last = Bytes(data, 64), 0
     while True:
         start = rest.at
@@ -109,6 +110,18 @@ def read_frame(data: bytes) -> Header:
             require(end.left == 0 and rest.left == 0, "bytes behind END")
             return header
         header.segments.append((kind, body))
+
+
+def read_overlaps_of(header: Header) -> list[int] | None:
+    """How each token lies to those that it was pooled from; None on the sender's grid."""
+    body = header.body(9)
+    require((body is not None) == header.receivers_grid, "OVERLAPS on the other grid")
+    if body is None:
+        return None
+    bits = Bits(body)
+    found = [bits.take(3) for _ in range(header.n_tokens)]
+    bits.close()
+    return found
 
 
 def read_set(data: Bytes, n: int) -> list[int]:

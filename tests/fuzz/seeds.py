@@ -63,11 +63,16 @@ def _forms(kv: KV) -> list[Seed]:
         Seed("short sealed", pack(short, KEY), kv.geometry, KEY, (frame.agreement,)),
         Seed("spans", pack(replace(frame, segments=(*frame.segments, spans))), kv.geometry),
         Seed("axes", pack(codec.encode(axes)), kv.geometry),
+        Seed("receiver's grid", pack(codec.encode(_on_the_receivers_grid(kv))), kv.geometry),
         Seed("no tokens", pack(codec.encode(contract.cache(contract.RAGGED, n_tokens=0))), kv.geometry),
         Seed("classes", pack(_classes(kv)), kv.geometry),
         Seed("profile", pack(_profiled(kv)), kv.geometry),
         Seed("sparse", pack(_sparse(CODECS.parse("int(4)"))), contract.geometry(((1, 1, 1), (1, 1, 1)))),
     ]
+
+
+def _on_the_receivers_grid(kv: KV) -> KV:
+    return replace(kv, spans=tuple(replace(row, overlap=row.role * 2) for row in kv.spans))
 
 
 def _classes(kv: KV) -> Frame:

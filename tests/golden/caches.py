@@ -45,11 +45,19 @@ def wide() -> tuple[KV, Plan]:
     return kv, Plan.everything(kv)
 
 
+def grid() -> tuple[KV, Plan]:
+    """On the receiver's tokens, in every overlap class."""
+    kv, plan = small()
+    (row,) = kv.spans
+    return replace(kv, spans=(replace(row, overlap=np.arange(8, dtype=np.uint8)),)), plan
+
+
 CACHES: dict[str, Callable[[], tuple[KV, Plan]]] = {
     "small": small,
     "long": long,
     "classes": classes,
     "wide": wide,
+    "grid": grid,
 }
 
 

@@ -99,7 +99,8 @@ def read_overlaps(body: bytes | None, n_tokens: int) -> UInt8[np.ndarray, " toke
     if len(body) != packed_length(n_tokens, _OVERLAP_BITS):
         what = f"OVERLAPS of {len(body)} bytes for {n_tokens} tokens"
         raise Malformed(what, cure=f"Write {_OVERLAP_BITS} bits per token")
-    return unpack_codes(torch.frombuffer(bytearray(body), dtype=torch.uint8), _OVERLAP_BITS, n_tokens).numpy()
+    packed = torch.from_numpy(np.frombuffer(body, np.uint8).copy())
+    return unpack_codes(packed, _OVERLAP_BITS, n_tokens).numpy()
 
 
 def write_spans(spans: Spans) -> bytes:

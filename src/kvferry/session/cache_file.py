@@ -1,8 +1,9 @@
 """A cache in a file of safetensors: what `kvferry unpack` writes, other tools read, and `kvferry pack --cache` takes.
 
 Tensors of one sequence, for each group of equal layers `keys.N [layers, heads, tokens, key_dim]` and `values.N`; then
-`present [all layers, tokens]`, `positions [axes, tokens]`, and per token `roles`, `parts`, `starts`, `ends`. What else
-a cache is stands in the metadata: key space, length of the call, fingerprints of the sender, layers of each group.
+`present [all layers, tokens]`, `positions [axes, tokens]`, and per token `roles`, `parts`, `starts`, `ends`; on the
+receiver's token grid also `overlaps`. What else a cache is stands in the metadata: key space, length of the call,
+fingerprints of the sender, layers of each group.
 """
 
 import json
@@ -24,6 +25,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SPACES = ("content", "rotated")
 _COLUMNS = ("parts", "starts", "ends", "roles")
 """Of the spans, one number for each token."""
+_OVERLAPS = "overlaps"
+"""One more, on the receiver's grid alone."""
+_MAX_OVERLAP = 7
 _CURE = "Give a file written by kvferry unpack, or one laid out as docs/commands.md says"
 
 
@@ -47,6 +51,7 @@ def load_cache(path: str | Path, geometry: Geometry) -> KV:
             metadata = file.metadata() or {}
             _check_metadata(metadata, geometry)
             names = ["present", "positions", *_COLUMNS, *_group_names(geometry)]
+            names += [_OVERLAPS] if _OVERLAPS in file.keys() else []  # noqa: SIM118 it is no dictionary
             tensors = {name: file.get_tensor(name) for name in names}
         return _cache(tensors, metadata, geometry)
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
@@ -60,6 +65,8 @@ def _tensors(kv: KV) -> dict[str, Shaped[Tensor, "..."]]:
         found |= {f"keys.{number}": group.keys[:, 0], f"values.{number}": group.values[:, 0]}
     columns = (spans.part, spans.start, spans.end, spans.role)
     found |= {name: torch.from_numpy(column.copy()) for name, column in zip(_COLUMNS, columns, strict=True)}
+    if spans.overlap is not None:
+        found[_OVERLAPS] = torch.from_numpy(spans.overlap.copy())
     return {name: tensor.detach().contiguous() for name, tensor in found.items()}
 
 
@@ -98,25 +105,34 @@ def _cache(
         Group(layers, tensors[f"keys.{number}"].unsqueeze(1), tensors[f"values.{number}"].unsqueeze(1))
         for number, layers in enumerate(geometry.groups())
     )
-    parts, starts, ends = (tensors[name].to(torch.int32).numpy() for name in _COLUMNS[:3])
     return KV(
         geometry=geometry,
         groups=groups,
         present=tensors["present"].bool().unsqueeze(1),
         positions=tensors["positions"].long().unsqueeze(1),
-        spans=(Spans(parts, starts, ends, tensors["roles"].to(torch.uint8).numpy()),),
+        spans=(_spans(tensors),),
         space="rotated" if metadata["keys"] == "rotated" else "content",
         call_length=int(metadata["call_length"]),
     )
 
 
+def _spans(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Spans:
+    parts, starts, ends = (tensors[name].to(torch.int32).numpy() for name in _COLUMNS[:3])
+    overlaps = tensors.get(_OVERLAPS)
+    found = None if overlaps is None else overlaps.to(torch.uint8).numpy()
+    return Spans(parts, starts, ends, tensors["roles"].to(torch.uint8).numpy(), found)
+
+
 def _check_tensors(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
     """Axes and types, which `KV` takes for granted; it checks the sizes itself."""
     for name, tensor in tensors.items():
-        axes = 1 if name in _COLUMNS else 2 if name in ("present", "positions") else 4
+        axes = 1 if name in (*_COLUMNS, _OVERLAPS) else 2 if name in ("present", "positions") else 4
         if tensor.ndim != axes or (axes == 4) != (tensor.dtype in _FLOATS):
             what = f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ShapeMismatch(what, cure=f"Store {axes} axes; keys and values as one of {_FLOATS}")
         if axes == 1 and len(tensor) != tensors["present"].shape[-1]:
             what = f"{name} of {len(tensor)} for {tensors['present'].shape[-1]} tokens"
             raise ShapeMismatch(what, cure="Store one number for each token")
+    for number in tensors[_OVERLAPS].tolist() if _OVERLAPS in tensors else ():
+        if not 0 <= number <= _MAX_OVERLAP:
+            raise CacheError(f"overlap class {number}", cure=f"Classes are 0 to {_MAX_OVERLAP}")
