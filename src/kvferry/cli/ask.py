@@ -45,8 +45,9 @@ def ask(
     from kvferry.session.receiver import Receiver
     from kvferry.session.sender import Sender
 
-    reader = Sender(sender, coder)
+    model = load(sender)  # an unknown name is told before that of an aligner
     answerer = Receiver(load(receiver), choose_aligner(aligner, sender, receiver))
+    reader = Sender(model, coder, answerer.onto)
     message, times = read(reader, text, max_bytes)
     show(asyncio.run(_ask_here(answerer, reader.hello(), message, question, times)), json)
 

@@ -24,6 +24,13 @@ ReceiverOption = Annotated[str, typer.Option(help="The model that answers: zoo n
 AlignerOption = Annotated[
     str | None, typer.Option(help="Folder, hub id or shipped name. Default: the one shipped for the pair.")
 ]
+OntoOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The receiver, if its aligner reads the receiver's own tokens: zoo name, folder or hub id.",
+    ),
+]
 CodecOption = Annotated[str, typer.Option(help="How the cache is coded: ecsq, int(bits=8), raw, ...")]
 MaxBytesOption = Annotated[int | None, typer.Option(help="Cap of the message.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -13,6 +13,7 @@ from kvferry.cli.choices import (
     JsonFlag,
     KeyFileOption,
     MaxBytesOption,
+    OntoOption,
     SenderOption,
     choose_codec,
     read_context,
@@ -35,6 +36,7 @@ def pack_file(
         Path | None, typer.Option(metavar="FILE", help="Instead of a text: a cache that unpack wrote.")
     ] = None,
     sender: SenderOption = SENDER,
+    onto: OntoOption = None,
     codec: CodecOption = CODEC,
     max_bytes: MaxBytesOption = None,
     key_file: KeyFileOption = None,
@@ -43,11 +45,13 @@ def pack_file(
     """Read a text and write the message to a file, whole or not at all."""
     if (context is None) == (cache is None):
         raise UsageError("a message is made of a text or of a cache", cure="Give --context or --cache")
+    if cache is not None and onto is not None:
+        raise UsageError("--onto for a cache", cure="Leave it out: a cache stays on the tokens that it has")
     text = None if context is None else read_context(context)
     key, coder = read_key(key_file), choose_codec(codec)
     from kvferry.session.sender import Sender
 
-    reader = Sender(sender, coder)
+    reader = Sender(sender, coder, onto)
     message = _message(reader, _cache(reader, text, cache), max_bytes, key)
     message.save(out)
     _show(message, key, out, json)

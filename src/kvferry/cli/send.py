@@ -13,6 +13,7 @@ from kvferry.cli.choices import (
     HostOption,
     JsonFlag,
     MaxBytesOption,
+    OntoOption,
     PortOption,
     QuestionOption,
     SenderOption,
@@ -29,6 +30,7 @@ def send(
     context: ContextOption,
     question: QuestionOption,
     sender: SenderOption = SENDER,
+    onto: OntoOption = None,
     codec: CodecOption = CODEC,
     max_bytes: MaxBytesOption = None,
     host: HostOption = HOST,
@@ -41,7 +43,7 @@ def send(
     from kvferry.cli.exchange import show
     from kvferry.session.sender import Sender
 
-    show(asyncio.run(_send(Sender(sender, coder), text, max_bytes, question, host, port)), json)
+    show(asyncio.run(_send(Sender(sender, coder, onto), text, max_bytes, question, host, port)), json)
 
 
 async def _send(

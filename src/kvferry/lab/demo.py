@@ -64,6 +64,11 @@ class Demo:
         hold_profiles(aligner_folder(self.aligner))
         return arms_for(load_contract(self.aligner).coded_with)
 
+    def onto(self) -> str | None:
+        """The receiver, where the aligner reads its tokens: the sender then pools to them."""
+        on_receivers = self.aligner is not None and load_contract(self.aligner).grid == "receiver"
+        return self.receiver if on_receivers else None
+
     def n_steps(self) -> int:
         """How often `on_arm` is called."""
         return len(self.arms()) + 1
@@ -75,7 +80,7 @@ def run_demo(demo: Demo, on_arm: OnArm = lambda arm: None) -> DemoResult:
     binomial_test()
     demo.arms()
     batches = demo.worlds.twins(demo.n_items, demo.seed)
-    sender = Sender(demo.sender)
+    sender = Sender(demo.sender, onto=demo.onto())
     with receiver_process(demo.sender, demo.receiver, demo.aligner) as peer:
         return asyncio.run(_evaluate(demo, sender, peer, batches, on_arm))
 

@@ -86,15 +86,21 @@ def load(
     Raises `UnknownName` for a name that is none of them, `ModelRefused` for a model kvferry cannot carry.
     """
     where = _locate(name)
-    try:
-        with _quietly():
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        cure = "Give a Hugging Face folder or hub id of a decoder-only model"
-        raise FolderError(f"cannot load {name!r}: {_first_line(error)}", cure=cure) from error
+    with _readable(name, "a decoder-only model"):
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     hf.to(_device(device))  # type: ignore[arg-type]
     return wrap(hf, tokenizer, name=name, prompt=prompt)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer alone of what `load` takes; a folder need not hold more than it.
+
+    Raises `UnknownName` or `FolderError`.
+    """
+    where = _locate(name)
+    with _readable(name, "a model or a tokenizer"):
+        return AutoTokenizer.from_pretrained(where)
 
 
 def wrap(
@@ -120,12 +126,15 @@ def _locate(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bar for reading a file."""
+def _readable(name: str, what: str) -> Iterator[None]:
+    """No progress bar for reading a file, and a `FolderError` where it is not what it should be."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
+    except (OSError, ValueError, SafetensorError) as error:
+        cure = f"Give a Hugging Face folder or hub id of {what}"
+        raise FolderError(f"cannot load {name!r}: {_first_line(error)}", cure=cure) from error
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -83,12 +83,18 @@ class Receiver:
         content = _read_hello(hello.frame)
         self.contract.require_sender(content["model"], content["tokenizer"])
         _require_grid(content["grid"], self.contract)
+        _require_tokens(content, self.model.geometry.tokenizer)
         self.aligner.require_codec(content["codec"])
         content = {
             "codecs": list(self.contract.coded_with),
             "contracts": [agreed.contract_id for agreed in self.agreements],
         }
         return message_of(json_frame(MessageKind.HELLO, content))
+
+    @property
+    def onto(self) -> Model | None:
+        """What a sender for this receiver takes as `onto`: its model, where the aligner reads that one's tokens."""
+        return self.model if self.contract.grid == "receiver" else None
 
     @property
     def agreements(self) -> tuple[Agreement, ...]:
@@ -149,12 +155,22 @@ def _read_hello(frame: Frame) -> dict[str, Any]:
     }
     if missing:
         raise Malformed(f"HELLO without {', '.join(sorted(missing))}", cure="Send what Sender.hello() makes")
+    if content["grid"] == "receiver" and not isinstance(content.get("onto"), str):
+        cure = "Say onto which tokenizer, as Sender.hello() does"
+        raise Malformed("HELLO on the receiver's grid without onto", cure=cure)
     return content
+
+
+def _require_tokens(content: dict[str, Any], own: str) -> None:
+    """On the receiver's grid the tokens must be the receiver's own; a message alone does not say whose they are."""
+    if content["grid"] == "receiver" and content["onto"] != own:
+        what = f"the sender pools onto the tokens of {content['onto'][:16]}, this receiver's are {own[:16]}"
+        raise GridMismatch(what, cure="Give the sender this receiver's tokenizer: Sender(onto=...), --onto")
 
 
 def _require_grid(grid: str, contract: Contract) -> None:
     if grid != contract.grid:
-        cure = "Send on the aligner's grid or fit one for yours"
+        cure = "Send on the aligner's grid (Sender(onto=...), --onto for the receiver's) or fit one for yours"
         raise GridMismatch(
             f"tokens come on the {grid} grid, the aligner reads the {contract.grid} grid", cure=cure
         )
