@@ -155,16 +155,19 @@ def _read_hello(frame: Frame) -> dict[str, Any]:
     }
     if missing:
         raise Malformed(f"HELLO without {', '.join(sorted(missing))}", cure="Send what Sender.hello() makes")
-    if content["grid"] == "receiver" and not isinstance(content.get("onto"), str):
-        cure = "Say onto which tokenizer, as Sender.hello() does"
-        raise Malformed("HELLO on the receiver's grid without onto", cure=cure)
     return content
 
 
-def _require_tokens(content: dict[str, Any], own: str) -> None:
+def _require_tokens(hello: dict[str, Any], own: str) -> None:
     """On the receiver's grid the tokens must be the receiver's own; a message alone does not say whose they are."""
-    if content["grid"] == "receiver" and content["onto"] != own:
-        what = f"the sender pools onto the tokens of {content['onto'][:16]}, this receiver's are {own[:16]}"
+    if hello["grid"] != "receiver":
+        return
+    onto = hello.get("onto")
+    if not isinstance(onto, str):
+        cure = "Say onto which tokenizer, as Sender.hello() does"
+        raise Malformed("HELLO on the receiver's grid without onto", cure=cure)
+    if onto != own:
+        what = f"the sender pools onto the tokens of {onto[:16]}, this receiver's are {own[:16]}"
         raise GridMismatch(what, cure="Give the sender this receiver's tokenizer: Sender(onto=...), --onto")
 
 
