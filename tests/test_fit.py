@@ -187,7 +187,11 @@ OWN_SOLVERS = {
     "residual_mlp": lambda own, pairs: own.start_from(pairs.sums, *solve(pairs.sums, 0.1)),
     "token_table": lambda own, pairs: own.solve_from(pairs.tokens),
 }
-OPTIONS = {"low_rank": "(rank=5, neighbours=2)", "narrow": "(rank=5, neighbours=2)", "residual_mlp": "(neighbours=2, hidden=4)"}
+OPTIONS = {
+    "low_rank": "(rank=5, neighbours=2)",
+    "narrow": "(rank=5, neighbours=2)",
+    "residual_mlp": "(neighbours=2, hidden=4)",
+}
 
 
 def test_every_closed_form_is_tried():

@@ -1,4 +1,4 @@
-"""Models that other people trained: the whole path, from fitting to answering."""
+"""Models that other people trained: the whole path, from fitting to answering, on either grid."""
 
 import pytest
 
@@ -6,20 +6,34 @@ from kvferry.models.load import load
 from kvferry.session.receiver import Receiver
 from kvferry.session.sender import Sender
 from kvferry.train.examples import TextFile
-from kvferry.train.fit import Recipe, fit
+from kvferry.train.fit import DEFAULT_CODECS, fit
+from kvferry.train.loop_recipe import LoopRecipe
+from kvferry.train.recipe import DataRecipe, FitRecipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PAIRS = [("llama2xs", "stories260K"), ("stories260K", "tinystories656K")]
+CODECS = DEFAULT_CODECS[:3]
+
+PAIRS = [
+    ("llama2xs", "stories260K", "sender", "linear(neighbours=2)"),
+    ("stories260K", "tinystories656K", "receiver", "classwise(neighbours=2)"),
+]
 
 
-@pytest.mark.parametrize(("left", "right"), PAIRS)
-def test_a_fitted_map_lies_between_its_control_and_the_receivers_own_cache(shared_dir, left, right):
+@pytest.mark.parametrize(("left", "right", "grid", "aligner"), PAIRS)
+def test_a_fitted_map_lies_between_its_controls_and_the_receivers_own_cache(
+    shared_dir, left, right, grid, aligner
+):
     sender, receiver = (load(str(shared_dir / "models" / name)) for name in (left, right))
     source = TextFile(shared_dir / "data" / "text" / "tinystories_cased_a.txt")
-    fitted = fit(sender, receiver, source, Recipe(n_texts=192, steps=60, batch_size=8, neighbours=2))
-    own, zero_pad, mean = fitted.controls
-    for row in fitted.scores:
-        assert own.loss < row.loss < min(mean.loss, zero_pad.loss)
-    message = Sender(sender, fitted.recipe.codecs[1]).read("Once upon a time there was a little dog.")
-    assert Receiver(receiver, fitted.aligner).answer(message, "Who?").ended_by
+    data, loop = DataRecipe(texts=128, batch_size=8), LoopRecipe(steps=30)
+    fitted = fit(sender, receiver, source, FitRecipe(aligner, CODECS, data, grid, loop=loop))
+    losses = {control.name: control.loss for control in fitted.controls}
+    own = losses["the receiver's own cache"]
+    knows_nothing = min(losses[name] for name in ("cut or padded with zeros", "mean cache", "mean entry"))
+    for found in fitted.scores:
+        assert own < found.loss < knows_nothing
+    listener = Receiver(receiver, fitted.aligner)
+    speaker = Sender(sender, CODECS[1], listener.onto)
+    message = speaker.read("Once upon a time there was a little dog.")
+    assert listener.answer(message, "Who?").ended_by

@@ -15,6 +15,7 @@ ALIGNERS = {
     "low_rank": "kvferry.align.low_rank:LowRank",
     "map_projection": "kvferry.align.map_projection:MapProjectionAligner",
     "mean_only": "kvferry.align.mean_only:MeanOnly",
+    "narrow": "kvferry.align.narrow:NarrowMLP",
     "procrustes": "kvferry.align.procrustes:Procrustes",
     "random_map": "kvferry.align.random_map:RandomMap",
     "residual_mlp": "kvferry.align.residual_mlp:ResidualMLP",

@@ -111,6 +111,38 @@ def bench_enrich(
         out.print(line, soft_wrap=True)
 
 
+@bench.command("pairs")
+def bench_pairs(
+    pairs: Annotated[
+        str | None, typer.Option(help="SENDER-to-RECEIVER, separated by ','. Default: all of the zoo.")
+    ] = None,
+    items: Annotated[int, typer.Option(min=2, help="Test items, an even number.")] = 200,
+    steps: Annotated[int | None, typer.Option(min=0, help="Of training. Default: the recipe's.")] = None,
+    texts: Annotated[
+        int | None, typer.Option(min=1, help="For the closed form. Default: the recipe's.")
+    ] = None,
+    max_mb: Annotated[float, typer.Option(help="Largest size of a map in MB.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")] = None,
+) -> None:
+    """Every ordered pair of the zoo through a map of a megabyte, fitted in two minutes; with controls."""
+    from rich.console import Console
+
+    from kvferry.lab.ledger import write_file
+    from kvferry.lab.pairs import line, run_pairs, settings_of, sheet, written
+    from kvferry.lab.wire.tables import markdown, rich_table
+
+    settings = settings_of(_parts(pairs, ","), items, steps, texts, max_mb, seed)
+    console = Console(stderr=True, highlight=False)
+    points = run_pairs(settings, lambda point: console.print(line(point)))
+    if json:
+        write_file(json, written(points))
+    if page:
+        write_file(page, markdown(sheet(points)).encode() + b"\n")
+    Console(highlight=False, width=_WIDE).print(rich_table(sheet(points)))
+
+
 @bench.command("align")
 def bench_align(
     pairs: Annotated[

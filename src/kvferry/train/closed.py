@@ -15,6 +15,7 @@ from kvferry.align.layer_map import LAYER_MAPS, Depths, LayerMap, TopKSources
 from kvferry.align.linear import Linear
 from kvferry.align.low_rank import LowRank
 from kvferry.align.mean_only import MeanOnly
+from kvferry.align.narrow import NarrowMLP
 from kvferry.align.procrustes import Procrustes
 from kvferry.align.projector import Projector
 from kvferry.align.residual_mlp import ResidualMLP
@@ -110,6 +111,7 @@ _SOLVERS: dict[str, Solver] = {
     "linear": _linear,
     "low_rank": lambda aligner, pairs, penalty: cast(LowRank, aligner).solve_from(pairs.sums, penalty),
     "mean_only": lambda aligner, pairs, _: cast(MeanOnly, aligner).solve_from(pairs.sums),
+    "narrow": lambda aligner, pairs, penalty: cast(NarrowMLP, aligner).start_from([pairs.sums], penalty),
     "procrustes": lambda aligner, pairs, _: cast(Procrustes, aligner).solve_from(pairs.sums),
     "residual_mlp": _residual_mlp,
     "token_table": lambda aligner, pairs, _: cast(TokenTable, aligner).solve_from(pairs.tokens),

@@ -7,6 +7,7 @@ from torch import nn
 
 from kvferry.align.contract import Aligner
 from kvferry.align.linear import Linear, affine
+from kvferry.align.narrow import NarrowMLP
 from kvferry.align.residual_mlp import ResidualMLP
 from kvferry.kv import KV
 from kvferry.train.paired import Pairs
@@ -37,7 +38,7 @@ class _AsItIs(Trainable):
         return self.aligner(kv)
 
     def finish(self) -> Aligner:
-        return self.aligner.fold() if isinstance(self.aligner, ResidualMLP) else self.aligner
+        return self.aligner.fold() if isinstance(self.aligner, NarrowMLP | ResidualMLP) else self.aligner
 
 
 class _WhitenedLinear(Trainable):

@@ -35,9 +35,7 @@ def enrich_sheet(result: EnrichResult) -> Sheet:
 
 def _cells(point: Point, beside: Comparison | None) -> tuple[str, ...]:
     metrics = point.metrics
-    by_seed = [
-        f"{value:.2f}" for name, value in metrics.items() if name.startswith("accuracy_seed") and value
-    ]
+    by_seed = [f"{value or 0:.2f}" for name, value in metrics.items() if name.startswith("accuracy_seed")]
     follows = metrics["follows_payload"]
     return (
         _MEANINGS.get(point.arm, point.arm),
