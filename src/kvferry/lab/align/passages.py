@@ -18,6 +18,9 @@ LONG_SUFFIX_CHARS = 250
 _PREFIX_CHARS = (480, 400, 122)
 _NEAR = 40  # a cut is at most so many characters away from where it is wished
 _ROOM = 2  # positions for the head
+_DRIFT = (
+    24  # positions by which slots of another tokenizer may stand further on than the receiver's own tokens
+)
 _N_PROBED = 50
 
 
@@ -139,12 +142,16 @@ def _passage(pair: Pair, text: str, suffix_chars: int) -> Passage | None:
     tail = _cut(pair, text[:cut], pair.prefix_chars - pair.tail_chars) if cut else None
     if not cut or not tail or len(text) < cut + SUFFIX_CHARS:
         return None
-    room = suffix_chars if _room_left(pair.receiver, text[: cut + suffix_chars]) >= 0 else SUFFIX_CHARS
+    long = _room_left(pair.receiver, text[: cut + suffix_chars]) >= _drift(pair)
+    room = suffix_chars if long else SUFFIX_CHARS
     passage = Passage(text[:cut], text[cut : cut + room], tail)
     whole = passage.prefix + passage.suffix
-    return (
-        passage if _room_left(pair.sender, passage.prefix) >= 0 <= _room_left(pair.receiver, whole) else None
-    )
+    enough = _room_left(pair.sender, passage.prefix) >= 0 and _room_left(pair.receiver, whole) >= _drift(pair)
+    return passage if enough else None
+
+
+def _drift(pair: Pair) -> int:
+    return 0 if pair.sender.geometry.tokenizer == pair.receiver.geometry.tokenizer else _DRIFT
 
 
 def _cut(pair: Pair, text: str, near: int) -> int | None:
