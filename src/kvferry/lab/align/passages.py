@@ -11,6 +11,7 @@ from kvferry.lab.align.stories import stories
 from kvferry.models.load import Model
 from kvferry.models.tokens import encode
 from kvferry.train.examples import Example, Split
+from kvferry.train.sources.fitting import counted_alike
 
 SUFFIX_CHARS = 125
 LONG_SUFFIX_CHARS = 250
@@ -150,8 +151,10 @@ def _passage(pair: Pair, text: str, suffix_chars: int) -> Passage | None:
     return passage if enough else None
 
 
+@cache
 def _drift(pair: Pair) -> int:
-    return 0 if pair.sender.geometry.tokenizer == pair.receiver.geometry.tokenizer else _DRIFT
+    probe = [story[: pair.prefix_chars] for story in stories("train")[:_N_PROBED]]
+    return 0 if counted_alike(pair.sender, pair.receiver, probe) else _DRIFT
 
 
 def _cut(pair: Pair, text: str, near: int) -> int | None:

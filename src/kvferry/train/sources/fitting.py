@@ -1,14 +1,16 @@
 """Examples for which both models have positions: the others are passed over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 from kvferry.errors import ContextTooLong
 from kvferry.models.load import Model
 from kvferry.models.tokens import encode
 from kvferry.train.sources.example import Example, Source, Split
 
-_PATIENCE = 200
+_PATIENCE, _N_PROBED = 200, 16
 _SPARE = 1.125
 """Slots of another tokenizer stand where their text is on average, which may be further on than its tokens reach."""
 
@@ -40,10 +42,14 @@ class Fitting:
 
     def _fits(self, example: Example) -> bool:
         after = "".join(text for text, _ in example.pieces)
-        alike = self.sender.geometry.tokenizer == self.receiver.geometry.tokenizer
         return _has_room(self.sender, 1.0, example.context) and _has_room(
-            self.receiver, 1.0 if alike else _SPARE, example.context, after
+            self.receiver, self._spare, example.context, after
         )
+
+    @cached_property
+    def _spare(self) -> float:
+        probe = [example.context for example in islice(self.source.examples("train", 0), _N_PROBED)]
+        return 1.0 if counted_alike(self.sender, self.receiver, probe) else _SPARE
 
     def _give_up(self, example: Example) -> None:
         limits = (self.sender.geometry.max_positions, self.receiver.geometry.max_positions)
@@ -51,6 +57,12 @@ class Fitting:
         raise ContextTooLong(
             f"{what}; sender and receiver have {limits} positions", cure="Fit on shorter texts"
         )
+
+
+def counted_alike(sender: Model, receiver: Model, texts: Sequence[str]) -> bool:
+    """Whether both models have as many tokens for each of the texts, as those of one tokenizer or of characters do."""
+    ours, theirs = (encode(model.tokenizer, texts).lengths for model in (sender, receiver))
+    return ours.tolist() == theirs.tolist()
 
 
 def _has_room(model: Model, spare: float, *texts: str) -> bool:
