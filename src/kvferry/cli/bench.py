@@ -90,6 +90,7 @@ def bench_enrich(
     items: Annotated[int, typer.Option(min=2, help="Test items of each seed, an even number.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with items of its own.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 600,
+    prompts: Annotated[int, typer.Option(min=32, help="That are read for each training.")] = 3200,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
 ) -> None:
     """Whether a sender's cache helps a receiver that has read the same, and what else would explain it."""
@@ -101,7 +102,7 @@ def bench_enrich(
     from kvferry.lab.wire.tables import rich_table
 
     named = _parts(fusers, ",") or ()
-    settings = Settings(sender, receiver, named, facts, items, seeds, steps)
+    settings = Settings(sender, receiver, named, facts, items, seeds, steps, prompts)
     result = run_bench(settings, Console(stderr=True, highlight=False).print)
     if json:
         save_enrich(result, json)
