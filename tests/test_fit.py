@@ -494,7 +494,7 @@ OTHERS = {
     "codecs": lambda one: in_place(one, codecs=("raw(float16)",)),
     "rate": lambda one: in_place(one, loop=replace(RECIPE.loop, learning_rate=1e-3)),
     "texts": lambda one: replace(one, digest="0" * 64),
-    "source": lambda one: replace(one, source=Worlds()),
+    "source": lambda one: replace(one, source=replace(one.source, source=Worlds())),
     "models": lambda one: replace(one, contract=replace(one.contract, sender=one.contract.receiver)),
 }
 
