@@ -11,7 +11,7 @@ from kvferry.models.tokens import encode
 from kvferry.train.sources.example import Example, Source, Split
 
 _PATIENCE, _N_PROBED = 200, 16
-_SPARE = 1.125
+_SPARE = 1.25
 """Slots of another tokenizer stand where their text is on average, which may be further on than its tokens reach."""
 
 
