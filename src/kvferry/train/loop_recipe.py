@@ -17,8 +17,8 @@ class LoopRecipe:
     Raises `UsageError` for values out of range.
 
     >>> recipe = LoopRecipe(steps=100, learning_rate=1.0)
-    >>> [round(recipe.rate(step), 3) for step in (0, 49, 99)]
-    [0.02, 0.521, 0.01]
+    >>> round(recipe.rate(0), 3), round(recipe.rate(49), 3), round(recipe.rate(99), 3)
+    (0.02, 0.521, 0.01)
     """
 
     steps: int = 3000
