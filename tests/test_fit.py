@@ -20,7 +20,7 @@ from kvferry.align.ridge import Sums, solve
 from kvferry.align.token_means import TokenMeans
 from kvferry.cli import app
 from kvferry.codec import CODECS
-from kvferry.errors import KvferryError, ModelRefused, UnknownName, UsageError
+from kvferry.errors import ModelRefused, TrainingDiverged, UnknownName, UsageError
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import Model, load
 from kvferry.models.tokens import encode
@@ -46,7 +46,7 @@ CODECS_OF_RECIPE = ("raw(dtype=float16)", "int(bits=8)")
 RECIPE = FitRecipe(
     "linear(neighbours=1)",
     CODECS_OF_RECIPE,
-    DataRecipe(texts=112, batch_size=2),
+    DataRecipe(texts=80, batch_size=2),
     loop=LoopRecipe(steps=3, warmup=1, checkpoint_every=1),
 )
 TEXTS = ["Ann keeps 17 rings in the barn.", "Bob has salt and rope.", "Cleo met Dan in Oslo."]
@@ -475,8 +475,10 @@ def stop(step: Step) -> None:
 
 
 def test_a_fit_that_was_stopped_goes_on(llama, qwen, same, tmp_path):
+    material = same[0].material
+    start, _ = closed_form(material, RECIPE.aligner)
     with pytest.raises(Stopped):
-        fit(llama, qwen, Short(), RECIPE, Watch(on_step=stop, folder=tmp_path))
+        train(material, start, Watch(on_step=stop, folder=tmp_path))
     assert (tmp_path / NAME).exists()
     steps: list[Step] = []
     went_on = fit(llama, qwen, Short(), RECIPE, Watch(on_step=steps.append, folder=tmp_path))
@@ -515,10 +517,10 @@ def test_a_checkpoint_of_another_fit_is_refused(same, checkpointed, other_one):
         train(other_one(material), start, Watch(folder=checkpointed))
 
 
-def test_a_loss_that_is_no_number_stops_the_fit(llama, qwen):
-    recipe = replace(RECIPE, loop=replace(RECIPE.loop, learning_rate=1e30, clip=float("inf")))
-    with pytest.raises(KvferryError, match=r"not finite|the loss is"):
-        fit(llama, qwen, Short(), recipe)
+def test_a_loss_that_is_no_number_stops_the_fit(same):
+    material = in_place(same[0].material, loop=replace(RECIPE.loop, learning_rate=1e30, clip=float("inf")))
+    with pytest.raises(TrainingDiverged, match=r"not finite|the loss is"):
+        train(material, closed_form(material, RECIPE.aligner)[0], Watch())
 
 
 # The command
