@@ -299,11 +299,35 @@ class Evidence:
     attention_mass: tuple[Float[Tensor, "batch heads tokens"], ...] = ()
     hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...] = ()
 
+    def sequence(self, row: int, tokens: Int[Tensor, " kept"]) -> "Evidence":
+        """The evidence of one sequence alone, of these of its tokens."""
+        return Evidence(
+            queries_content=tuple(x[row : row + 1, :, tokens] for x in self.queries_content),
+            queries_rotated=tuple(x[row : row + 1, :, tokens] for x in self.queries_rotated),
+            attention_mass=tuple(x[row : row + 1, :, tokens] for x in self.attention_mass),
+            hidden_states=tuple(x[row : row + 1, tokens] for x in self.hidden_states),
+        )
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What each precision class of a codec would cost and lose, of one sequence: slot by slot, by layer and K or V.
+
+    `error` is the squared error of a slot in the codec's own measure, by head; class 0, a slot that is dropped, is not
+    on the menu. `bits` are ideal ones: no headers, no sets, no rounding to bytes.
+    """
+
+    classes: tuple[int, ...]
+    error: tuple[Float[Tensor, "classes 2 heads tokens"], ...]
+    bits: tuple[Float[Tensor, "classes 2 heads tokens"], ...]
+
 
 Need = Literal["queries_content", "queries_rotated", "attention_mass", "hidden_states"]
 Roundtrip = Callable[[KV], KV]
 """A cache coded and decoded again: what the wire will do to it."""
 Cost = Callable[[Plan], int]
-"""Exact bytes of a plan."""
-Readout = Callable[[KV], Tensor]
+"""The fewest bytes that a plan can be sent in: exact, and those of the coarsest step where a codec has steps."""
+Offer = Callable[[], Menu]
+"""The menu of a codec for the cache in the hand."""
+Readout = Callable[[KV], KV]
 """A cache as the receiver would see it."""
