@@ -44,6 +44,10 @@ class Codec(Method, ABC):
         """
 
     @abstractmethod
+    def smallest(self, kv: KV, plan: Plan | None = None) -> int:
+        """The fewest bytes that `encode` can make of a plan: what `BudgetTooSmall` would name."""
+
+    @abstractmethod
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
         """The cache of a frame, float32, zero in absent slots. Call the function `decode`, which finds the codec."""
 

@@ -91,6 +91,13 @@ class FixedRate(Codec):
         payload = [Segment(SegmentType.PAYLOAD, body) for body in bodies]
         return kv_frame(kv.geometry, manifest.n_tokens, (*head, *payload))
 
+    def smallest(self, kv: KV, plan: Plan | None = None) -> int:
+        if self.zstd:
+            return packed_bytes([len(segment.body) for segment in self.encode(kv, plan).segments])
+        manifest = manifest_of(kv, kept(kv, plan))
+        head = [len(segment.body) for segment in (spec_segment(self), *manifest.segments())]
+        return packed_bytes(head + self._layer_bytes(manifest))
+
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
         manifest = read_manifest(frame, geometry, limits)
         bodies, lengths = frame.bodies(SegmentType.PAYLOAD), self._layer_bytes(manifest)

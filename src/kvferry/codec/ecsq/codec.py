@@ -19,6 +19,7 @@ from kvferry.codec.base import Codec, kept, spec_segment
 from kvferry.codec.ecsq.ideal import ideal
 from kvferry.codec.ecsq.layout import parts_of
 from kvferry.codec.ecsq.measured import Measured, Reads, Writes, measure_part
+from kvferry.codec.ecsq.menu import menu_of
 from kvferry.codec.ecsq.message import Message, Written, empty_groups, read_part
 from kvferry.codec.ecsq.scheme import FromProfile, Scheme, SelfContained
 from kvferry.codec.ecsq.search import finest
@@ -28,8 +29,8 @@ from kvferry.codec.manifest import Manifest, Uses, kv_frame, manifest_of, read_m
 from kvferry.codec.profile import Profile
 from kvferry.codec.profiles import NONE, find_profile, name_of
 from kvferry.errors import BadSpec, Malformed
-from kvferry.kv import KV, Geometry, Group, KeySpace, Plan
-from kvferry.wire import Frame, Limits, SegmentType
+from kvferry.kv import KV, Geometry, Group, KeySpace, Menu, Plan
+from kvferry.wire import Frame, Limits, SegmentType, packed_bytes
 from kvferry.wire.header import Header
 
 MAX_STEP = 1024
@@ -85,6 +86,15 @@ class Ecsq(Codec):
         if max_bytes is None:
             return build(message.at(self.step))
         return finest(self.step, MAX_STEP, max_bytes, message, build)
+
+    def smallest(self, kv: KV, plan: Plan | None = None) -> int:
+        _, message = self._measured(kv, plan)
+        return packed_bytes([len(segment.body) for segment in message.at(MAX_STEP).segments()])
+
+    def menu(self, kv: KV) -> Menu:
+        """What each class of the finest step costs and loses; error in steps of class 1, squared."""
+        _, message = self._measured(kv, None)
+        return menu_of(kv, message, self.step)
 
     def estimate(self, kv: KV) -> Estimate:
         """The ideal bytes of one sequence: numbers, and levels and means apart. Raises what `encode` does."""

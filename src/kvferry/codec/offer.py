@@ -1,0 +1,14 @@
+"""Codecs that offer precision classes, and say beforehand what each would cost and lose."""
+
+from typing import Protocol, runtime_checkable
+
+from kvferry.kv import KV, Menu
+
+
+@runtime_checkable
+class Offering(Protocol):
+    """A codec with a menu."""
+
+    def menu(self, kv: KV) -> Menu:
+        """Of one sequence, all slots; absent ones cost and lose nothing."""
+        ...
