@@ -34,8 +34,10 @@ def test_only_what_fits_both_models_comes_through():
     tight = with_positions(qwen3, needed)  # the context alone would fit, not what follows it
     found = list(islice(Fitting(Given((short, long)), llama, tight).examples("train", 0), 3))
     assert [example.context for example in found] == [short] * 3
+    assert Fitting(Given((short, long)), llama, tight).n_left_out("train", 0, 3) == 2
     found = list(islice(Fitting(Given((short, long)), llama, qwen3).examples("train", 0), 3))
     assert [example.context for example in found] == [short, long, short]
+    assert Fitting(Given((short, long)), llama, qwen3).n_left_out("train", 0, 3) == 0
 
 
 def test_the_sender_reads_the_context_alone():

@@ -52,10 +52,13 @@ def show(report: Report, out: Path, json: bool) -> None:
     if json:
         rows = [_row(one) for one in (*report.scores, *report.controls)]
         content = {"out": str(out), "seconds": report.seconds, "scores": rows, "verdict": report.verdict}
+        content |= {"left_out": report.n_left_out}
         print(json_module.dumps(content))
         return
     for one in (*report.scores, *report.controls):
         print(f"{one.name:40} {one.loss:8.4f} nats per token {one.accuracy:8.3f} answers right")
+    if report.n_left_out:
+        print(f"{report.n_left_out} texts were left out: the models have no positions for them")
     if report.verdict:
         print(report.verdict)
     print(f"{out}  ({report.seconds:.0f} s)")

@@ -20,7 +20,10 @@ from kvferry.train.scores import Score
 
 @dataclass(frozen=True)
 class Report:
-    """A fitted map, the text of its card, its held-out scores and controls; `verdict` is that of `--auto`."""
+    """A fitted map, the text of its card, its held-out scores and controls; `verdict` is that of `--auto`.
+
+    `n_left_out` texts were passed over in the closed form, for which the models have no positions.
+    """
 
     aligner: Aligner
     codecs: Sequence[Codec]
@@ -29,6 +32,7 @@ class Report:
     controls: list[Score]
     seconds: float
     verdict: str = ""
+    n_left_out: int = 0
 
     def save(self, folder: Path) -> None:
         """Write the folder, and beside the weights the profiles that its codecs use."""
@@ -48,7 +52,10 @@ def report_fit(fitted: Fitted, names: tuple[str, str], command: str) -> Report:
     facts = CardFacts(*names, method, _data(material), fitted.seconds, command)
     near = _nearness(material, fitted.aligner)
     text = card(fitted.aligner, material.recipe, facts, near, fitted.scores, fitted.controls)
-    return Report(fitted.aligner, material.codecs, text, fitted.scores, fitted.controls, fitted.seconds)
+    n_left_out = _n_left_out(material)
+    return Report(
+        fitted.aligner, material.codecs, text, fitted.scores, fitted.controls, fitted.seconds, "", n_left_out
+    )
 
 
 def report_choice(choice: Choice, names: tuple[str, str], command: str, seconds: float) -> Report:
@@ -62,7 +69,10 @@ def report_choice(choice: Choice, names: tuple[str, str], command: str, seconds:
     text = card(
         best.aligner, material.recipe, facts, _nearness(material, best.aligner), choice.scores[:-1], controls
     )
-    return Report(best.aligner, material.codecs, text, choice.scores[:-1], controls, seconds, verdict)
+    n_left_out = _n_left_out(material)
+    return Report(
+        best.aligner, material.codecs, text, choice.scores[:-1], controls, seconds, verdict, n_left_out
+    )
 
 
 def _verdict(choice: Choice) -> str:
@@ -73,7 +83,15 @@ def _verdict(choice: Choice) -> str:
 
 def _data(material: Material) -> str:
     name, seed = described(material.source.source), material.seed
-    return f"{name}, SHA-256 {material.digest[:16]} of the closed form's texts, seed {seed}; scores are from test"
+    passed, left_out = _n_left_out(material), ""
+    if passed:
+        left_out = f", {passed} beside them left out for want of positions"
+    texts = f"SHA-256 {material.digest[:16]} of the closed form's texts{left_out}"
+    return f"{name}, {texts}, seed {seed}; scores are from test"
+
+
+def _n_left_out(material: Material) -> int:
+    return material.source.n_left_out("train", material.seed, material.recipe.data.texts)
 
 
 def _nearness(material: Material, aligner: Aligner) -> Fidelity:

@@ -32,11 +32,19 @@ class Fitting:
 
     def examples(self, split: Split, seed: int) -> Iterator[Example]:
         """Those of the source that fit, in its order."""
+        return (example for example, _ in self._told(split, seed))
+
+    def n_left_out(self, split: Split, seed: int, n: int) -> int:
+        """How many do not fit and stand before the `n`-th that does."""
+        return sum(missed for _, missed in islice(self._told(split, seed), n))
+
+    def _told(self, split: Split, seed: int) -> Iterator[tuple[Example, int]]:
+        """Those that fit, each with how many before it did not."""
         missed = 0
         for example in self.source.examples(split, seed):
             if self._fits(example):
+                yield example, missed
                 missed = 0
-                yield example
             elif (missed := missed + 1) == _PATIENCE:
                 self._give_up(example)
 
