@@ -120,10 +120,12 @@ class NarrowMLP(Aligner):
         self.bias.copy_((torch.stack(shifts) - std.y_mean) / std.y_std)
         self.bent.zero_()
         self.offset.zero_()
-        down = torch.eye(len(basis)).to(basis)
-        if self.rank < len(basis):
-            shares = torch.tensor([one.n / total.n for one in sums]).to(basis)
-            down = _leading(inner, self.rank, shares, std.y_std, None)
+        if self.rank == len(basis):
+            self.down.copy_(torch.eye(self.rank))
+            self.up.copy_(inner)
+            return
+        shares = torch.tensor([one.n / total.n for one in sums]).to(basis)
+        down = _leading(inner, self.rank, shares, std.y_std, None)
         self.down.copy_(down)
         self.up.copy_(down.T @ inner)
 
