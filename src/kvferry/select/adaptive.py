@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvferry.errors import BadSpec, ShapeMismatch
@@ -84,7 +84,7 @@ def content_change(now: KV, before: KV) -> float:
 
 def _alike(
     new: Float[Tensor, "heads slots dim"], old: Float[Tensor, "heads slots dim"]
-) -> Float[Tensor, " slots"]:
+) -> Bool[Tensor, " slots"]:
     return (new - old).square().sum((0, 2)).sqrt() <= _SAME * new.square().sum((0, 2)).sqrt()
 
 

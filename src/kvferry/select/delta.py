@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvferry.select.contract import TokenSelector
-from kvferry.select.receiver_space import Entry, as_seen, distances, of_sender
+from kvferry.select.receiver_space import as_seen, distance, of_sender
 from kvferry.select.sight import Sight
 
 
@@ -28,16 +28,14 @@ class Delta(TokenSelector):
         seen = as_seen(sight)
 
         def sizes(layer: int) -> list[Float[Tensor, " slots"]]:
-            keys, values = seen.layer(layer)
-            entry = keys[0], values[0]
-            return distances(entry, _mean(entry, seen.present[layer, 0]))
+            held = seen.present[layer, 0]
+            return [distance(part[0], _mean(part[0], held)) for part in seen.layer(layer)]
 
         return of_sender(sight, seen, sizes)
 
 
-def _mean(entry: Entry, held: Bool[Tensor, " slots"]) -> Entry:
-    keys, values = (
-        part.float().masked_fill(~held.unsqueeze(-1), 0.0).sum(1, keepdim=True) / held.sum().clamp(min=1)
-        for part in entry
-    )
-    return keys, values
+def _mean(
+    part: Float[Tensor, "heads slots dim"], held: Bool[Tensor, " slots"]
+) -> Float[Tensor, "heads 1 dim"]:
+    kept = part.float().masked_fill(~held.unsqueeze(-1), 0.0)
+    return kept.sum(1, keepdim=True) / held.sum().clamp(min=1)

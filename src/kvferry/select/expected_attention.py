@@ -58,8 +58,8 @@ class ExpectedAttention(TokenSelector):
         self, sight: Sight, layer: int, turn: Float[Tensor, "dim dim"], future: Int[Tensor, "1 1 new"]
     ) -> Float[Tensor, "heads tokens"]:
         """Softmax of the log of E exp(q·k), mean over the query heads of each key head."""
-        read, geometry, how = sight.read, sight.read.geometry.layers[layer], scores_of_layer(sight, layer)
         queries = recorded(sight.evidence.queries_content, "queries_content")[layer][0].float()
+        read, geometry, how = sight.read, sight.read.geometry.layers[layer], scores_of_layer(sight, layer)
         mean, covariance = moments(queries[:, min(self.sinks, queries.shape[1] - 1) :])
         keys = rotate(read.layer(layer)[0], read.positions, geometry.rotary, read.call_length)
         logits = attention_logits((mean @ turn)[None, :, None], keys, how)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvferry.errors import ShapeMismatch, UsageError
 from kvferry.kv import KV
 from kvferry.select.contract import TokenSelector
-from kvferry.select.receiver_space import as_seen, distances, of_sender
+from kvferry.select.receiver_space import as_seen, distance, of_sender
 from kvferry.select.sight import Sight
 
 
@@ -30,8 +30,8 @@ class OracleDelta(TokenSelector):
         base = _base(sight, seen)
 
         def sizes(layer: int) -> list[Float[Tensor, " slots"]]:
-            (keys, values), (own_keys, own_values) = seen.layer(layer), base.layer(layer)
-            return distances((keys[0], values[0]), (own_keys[0], own_values[0]))
+            parts = zip(seen.layer(layer), base.layer(layer), strict=True)
+            return [distance(part[0], own[0]) for part, own in parts]
 
         return of_sender(sight, seen, sizes)
 

@@ -14,9 +14,6 @@ from kvferry.errors import ShapeMismatch, UsageError
 from kvferry.kv import KV
 from kvferry.select.sight import Sight
 
-Entry = tuple[Float[Tensor, "heads slots dim"], Float[Tensor, "heads slots dim"]]
-"""Keys and values of one layer."""
-
 
 def as_seen(sight: Sight) -> KV:
     """The slots through `Sight.readout`; `UsageError` where there is none, `ShapeMismatch` for other slots."""
@@ -51,9 +48,8 @@ def of_mean_one(size: Float[Tensor, " slots"], held: Bool[Tensor, " slots"]) -> 
     return kept / mean.clamp(min=torch.finfo(kept.dtype).tiny)
 
 
-def distances(seen: Entry, base: Entry) -> list[Float[Tensor, " slots"]]:
-    """How far the keys, and the values, of each slot lie from those of `base`, all heads together."""
-    return [
-        (one.float() - other.float()).square().sum((0, 2)).sqrt()
-        for one, other in zip(seen, base, strict=True)
-    ]
+def distance(
+    part: Float[Tensor, "heads slots dim"], base: Float[Tensor, "heads #slots dim"]
+) -> Float[Tensor, " slots"]:
+    """How far the keys, or the values, of each slot lie from those of `base`, all heads together."""
+    return (part.float() - base.float()).square().sum((0, 2)).sqrt()
