@@ -180,12 +180,20 @@ def read_classes(body: bytes | None, held: list[list[int]]) -> list[tuple[Classe
     if body is None:
         return [(dict.fromkeys(tokens, 1), dict.fromkeys(tokens, 1)) for tokens in held]
     data, layers = Bytes(body), []
+    whole: Classes = {}
     while data.left:
-        count = data.varint()
+        count, rows = data.varint(), []
         tokens = held[len(layers)]
-        keys = read_row(data, data.varint(), tokens)
-        mask = data.varint()
-        layers += [(keys, keys if mask == 1 else read_row(data, mask, tokens))] * count
+        for _ in ("keys", "values"):
+            mask = data.varint()
+            if mask % 2:
+                code = mask // 2
+                move = code // 2 if code % 2 == 0 else -(code + 1) // 2
+                rows.append({token: min(max(one + move, 1), 15) for token, one in whole.items()})
+            else:
+                whole = read_row(data, mask, tokens)
+                rows.append(whole)
+        layers += [(rows[0], rows[1])] * count
     return layers
 
 

@@ -278,3 +278,29 @@ def test_memory_of_a_set_follows_the_tokens(body):
         assert tracemalloc.get_traced_memory()[1] < 100_000 + 20 * N
     finally:
         tracemalloc.stop()
+
+
+def test_a_row_that_is_the_last_whole_one_moved_is_one_byte():
+    row = np.array([1, 4, 4, 9, 0, 13], np.uint8)
+    moved = np.where(row > 0, np.minimum(row + 3, 15), 0).astype(np.uint8)
+    back = np.where(row > 0, np.maximum(row.astype(int) - 2, 1), 0).astype(np.uint8)
+    classes = np.array([[row, moved], [back, row]])
+    body = write_classes(classes)
+    assert body is not None
+    assert body[-4:] == bytes([1 + 2 * 6, 1, 1 + 2 * 3, 1])
+    assert np.array_equal(read_classes(body, classes[:, 0] > 0), classes)
+
+
+def test_the_moved_row_is_that_of_the_last_whole_one_and_not_of_a_moved_one():
+    row = np.array([1, 4, 9], np.uint8)
+    dead = np.full(3, 15, np.uint8)
+    classes = np.array([[row, dead], [row, row]])
+    body = write_classes(classes)
+    assert body is not None
+    assert np.array_equal(read_classes(body, np.ones((2, 3), bool)), classes)
+
+
+@pytest.mark.parametrize("body", ["010302", "01020f1f", "0102010103", "010301"])
+def test_a_row_moved_too_far_or_from_nowhere_is_refused(body):
+    with pytest.raises(Malformed):
+        read_classes(bytes.fromhex(body), np.ones((1, 3), bool))
