@@ -4,12 +4,13 @@ Latent spaces between caches: arXiv:2601.06123. A code is one vector per token, 
 space of one model alone is that of the best linear autoencoder of its cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kvferry.align.classwise import scaled
 from kvferry.align.contract import Contract
 from kvferry.align.hub_pair import Decoder, Encoder, HubPair
 from kvferry.align.penalised import penalised
@@ -19,6 +20,8 @@ from kvferry.kv import Geometry
 
 FLOOR = 1e-9
 """Of a code's variance, next to that of its largest direction: what lies below is rounding."""
+RARE = 0.005
+"""Weight of the tokens of all places beside those of one place: enough for a place that is never met."""
 
 
 class Hub(nn.Module):
@@ -47,15 +50,19 @@ class Hub(nn.Module):
         self.names.append(name)
         self._members.append(member)
 
-    def join(self, name: str, geometry: Geometry, sent: Sums, held: Sums, penalty: float) -> None:
+    def join(
+        self, name: str, geometry: Geometry, sent: Sums, held: Sums | Sequence[Sums], penalty: float
+    ) -> None:
         """Add a model in closed form; the others stay as they are.
 
-        `sent` are sums of its features with codes of the same tokens (`Sums.of(features, hub.encode(other, theirs))`),
-        `held` of these codes with its features.
+        `sent` are sums of its features, with as many neighbours as it shall see, with codes of the same tokens
+        (`Sums.of(features, hub.encode(other, theirs))`), `held` of these codes with its features, place by place.
         """
-        member = HubPair(Contract(geometry, geometry), self.dim)
+        places = [held] if isinstance(held, Sums) else held
+        neighbours = len(sent.x) // geometry.floats_per_token
+        member = HubPair(Contract(geometry, geometry), self.dim, neighbours, len(places))
         _fit_encoder(member.encoder, sent, penalty)
-        _fit_decoder(member.decoder, held, penalty)
+        _fit_decoder(member.decoder, places, penalty)
         self.add(name, member)
 
     def encode(self, name: str, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch code"]:
@@ -89,7 +96,8 @@ class Hub(nn.Module):
         """The map between two members, a copy. `coded_with` are the codecs that the sender's encoder was fitted for."""
         source, target = self.member(sender), self.member(receiver)
         geometries = source.contract.sender, target.contract.receiver
-        pair = HubPair(Contract(*geometries, coded_with=coded_with, stride=stride), self.dim)
+        contract = Contract(*geometries, coded_with=coded_with, stride=stride)
+        pair = HubPair(contract, self.dim, source.neighbours, target.places)
         pair.encoder.load_state_dict(source.encoder.state_dict())
         pair.decoder.load_state_dict(target.decoder.state_dict())
         return pair.to(source.encoder.weight.device)
@@ -122,7 +130,7 @@ def found(geometries: Mapping[str, Geometry], sums: Sums, dim: int, penalty: flo
             half.bias.zero_()
         with_code = std.xx[own] @ code
         member.encoder.weight.copy_(penalised(std.xx[own, own], with_code, penalty))
-        member.decoder.weight.copy_(with_code.T)
+        member.decoder.weight[0].copy_(with_code.T)
         hub.add(name, member)
     return hub
 
@@ -147,9 +155,13 @@ def _fit_encoder(encoder: Encoder, sums: Sums, penalty: float) -> None:
 
 
 @torch.no_grad()
-def _fit_decoder(decoder: Decoder, sums: Sums, penalty: float) -> None:
-    std = standardise(sums)
-    decoder.mean.copy_(std.y_mean)
-    decoder.std.copy_(std.y_std)
-    decoder.weight.copy_(penalised(std.xx, std.xy, penalty) / std.x_std.unsqueeze(-1))
-    decoder.bias.copy_(-std.x_mean @ decoder.weight.to(std.x_mean))
+def _fit_decoder(decoder: Decoder, places: Sequence[Sums], penalty: float) -> None:
+    total = sum(places[1:], places[0])
+    over_all = standardise(total)
+    decoder.mean.copy_(over_all.y_mean)
+    decoder.std.copy_(over_all.y_std)
+    for weight, bias, found in zip(decoder.weight, decoder.bias, places, strict=True):
+        std = standardise(found + scaled(total, RARE) if len(places) > 1 else found)
+        per_code = penalised(std.xx, std.xy, penalty) / std.x_std.unsqueeze(-1) * (std.y_std / over_all.y_std)
+        weight.copy_(per_code)
+        bias.copy_((std.y_mean - over_all.y_mean) / over_all.y_std - std.x_mean @ per_code)

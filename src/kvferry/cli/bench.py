@@ -124,24 +124,35 @@ def bench_pairs(
     ] = None,
     max_mb: Annotated[float, typer.Option(help="Largest size of a map in MB.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
+    hub: Annotated[
+        bool, typer.Option("--hub", help="Instead: three found a hub, gemma3 joins; all pairs of the two.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")] = None,
 ) -> None:
     """Every ordered pair of the zoo through a map of a megabyte, fitted in two minutes; with controls."""
     from rich.console import Console
 
+    from kvferry.errors import UsageError
+    from kvferry.lab.hub_bench import hub_settings_of, hub_sheet, run_hub
     from kvferry.lab.ledger import write_file
     from kvferry.lab.pairs import line, run_pairs, settings_of, sheet, written
     from kvferry.lab.wire.tables import markdown, rich_table
 
-    settings = settings_of(_parts(pairs, ","), items, steps, texts, max_mb, seed)
+    if hub and pairs:
+        raise UsageError("--pairs with --hub", cure="Leave it out: a hub has pairs of its own")
     console = Console(stderr=True, highlight=False)
-    points = run_pairs(settings, lambda point: console.print(line(point)))
+    if hub:
+        points = run_hub(hub_settings_of(items, steps, texts, seed), lambda point: console.print(line(point)))
+    else:
+        settings = settings_of(_parts(pairs, ","), items, steps, texts, max_mb, seed)
+        points = run_pairs(settings, lambda point: console.print(line(point)))
+    table = hub_sheet(points) if hub else sheet(points)
     if json:
         write_file(json, written(points))
     if page:
-        write_file(page, markdown(sheet(points)).encode() + b"\n")
-    Console(highlight=False, width=_WIDE).print(rich_table(sheet(points)))
+        write_file(page, markdown(table).encode() + b"\n")
+    Console(highlight=False, width=_WIDE).print(rich_table(table))
 
 
 @bench.command("align")
