@@ -96,7 +96,7 @@ def test_the_window_looks_at_what_the_model_looked_at(name):
 def test_the_question_looks_at_what_the_model_looked_at(name, reduce):
     context, question = random_rows(1, N_TOKENS)[0], random_rows(1, 4)[0]
     [sight] = seen_by(name, [context], [question])
-    found = scores(f"question(reduce={reduce})", sight)
+    found = scores(f"question(reduce={reduce}, per_layer=True)", sight)
     for layer, weights in enumerate(attentions(name, [*context, *question])):
         to_context = weights[:, N_TOKENS:, :N_TOKENS]
         shares = to_context / to_context.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -105,6 +105,12 @@ def test_the_question_looks_at_what_the_model_looked_at(name, reduce):
             given = [shares[:, n, slot + 1].mean().item() for n in seen] or [0.0]
             want = max(given) if reduce == "max" else sum(given) / len(given)
             assert found[layer, slot].item() == pytest.approx(want, abs=1e-5)
+
+
+def test_one_layer_that_looks_is_enough():
+    [sight] = seen_by("llama", random_rows(1, N_TOKENS), random_rows(1, 4))
+    each, all_alike = (scores(spec, sight) for spec in ("question(per_layer=True)", "question"))
+    assert (all_alike == each.amax(0)).all()
 
 
 def _sees(sight: Sight, layer: int, token: int, queries: range) -> list[int]:

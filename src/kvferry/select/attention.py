@@ -108,7 +108,7 @@ def on_slots(
     sight: Sight, of_layer: Callable[[int], Float[Tensor, " tokens"]]
 ) -> Float[Tensor, "layers slots"]:
     """Numbers of the tokens of each layer, brought to the slots that carry them."""
-    return sight.on_slots(torch.stack([of_layer(layer) for layer in range(sight.read.geometry.n_layers)]))
+    return torch.stack([sight.on_slots(of_layer(layer)) for layer in range(sight.read.geometry.n_layers)])
 
 
 def pooled(sight: Sight, of_tokens: Float[Tensor, " tokens"], width: int) -> Float[Tensor, " tokens"]:

@@ -15,7 +15,8 @@ from kvferry.select.sight import Sight
 class Knorm(TokenSelector):
     """Keeps the slots whose keys are short (Devoto et al., arXiv:2406.11430); the mean over heads counts.
 
-    Short keys, not long ones, are those that attention likes to read. `keep=high` is the opposite sign, as a control.
+    In pretrained models short keys, not long ones, are those that attention likes to read. Small models trained on
+    recall can have it the other way round: `keep=high` is the opposite sign.
 
     >>> Knorm(keep="high").brief()
     'knorm(keep=high)'

@@ -17,8 +17,9 @@ class Question(TokenSelector):
     """Keeps what the sender's own queries attend to while it reads the receiver's question after the context.
 
     The question travels first, and its bytes count. `reduce` is over the tokens of the question: the most that any
-    gives or the mean, after the mean over query heads; `pool` (odd) averages neighbours. Weights are shares
-    of the attention that goes to the context: what goes to the question itself says nothing about the slots.
+    gives or the mean, after the mean over query heads; `pool` (odd) averages neighbours. Weights are shares of the
+    attention to what was read before the question: what goes to the question itself says nothing about the slots.
+    Shares compare from layer to layer, so slots that all layers keep alike have the largest that any layer gives them.
 
     >>> Question(reduce="mean").brief()
     'question(reduce=mean)'
@@ -35,7 +36,8 @@ class Question(TokenSelector):
             raise BadSpec(f"question(pool={self.pool})", cure="pool is an odd number")
 
     def score(self, sight: Sight) -> Float[Tensor, "layers slots"]:
-        return on_slots(sight, lambda layer: pooled(sight, self._of_layer(sight, layer), self.pool))
+        found = on_slots(sight, lambda layer: pooled(sight, self._of_layer(sight, layer), self.pool))
+        return found if self.per_layer else found.amax(0).expand_as(found)
 
     def _of_layer(self, sight: Sight, layer: int) -> Float[Tensor, " tokens"]:
         asked = sight.require_asked()
