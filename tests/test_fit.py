@@ -21,6 +21,7 @@ from kvferry.align.token_means import TokenMeans
 from kvferry.cli import app
 from kvferry.codec import CODECS
 from kvferry.errors import ModelRefused, TrainingDiverged, UnknownName, UsageError
+from kvferry.fuse.layout import relay_layout
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import Model, load
 from kvferry.models.tokens import encode
@@ -442,6 +443,17 @@ def test_what_was_fitted_answers_through_the_session(llama, qwen, same):
     receiver = Receiver(qwen, same[0].aligner)
     reply = receiver.answer(Sender(llama, "int(bits=8)").read("Ann has tea in Oslo."), "Where is the tea?")
     assert reply.stages_ms.keys() == {"decode", "align", "prefill", "generate"}
+
+
+def test_another_context_ends_where_its_own_did(llama):
+    own = Route(llama, llama).sent(
+        ["Ann has tea.", "Bob has tea in Oslo. Ann has milk in Rome.", "Cal is here."]
+    )
+    other = other_contexts(own)
+    before, after = (kv.present[0].sum(-1).tolist() for kv in (own, other))
+    assert after == [min(before[row], before[row - 1]) for row in range(3)] and before[1] > before[0]
+    assert torch.equal(other.layer(2)[0][1, :, : after[1]], own.layer(2)[0][0, :, : after[1]])
+    assert (relay_layout(other, 1).next_position <= relay_layout(own, 1).next_position).all()
 
 
 def test_a_perfect_cache_scores_as_the_receivers_own_reading(llama):

@@ -1,7 +1,7 @@
 """Held-out quality of a map: nats per scored token and answers right, example by example, with intervals."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -110,5 +110,10 @@ def mean_cache(kv: KV) -> KV:
 
 
 def other_contexts(kv: KV) -> KV:
-    """Each row gets the cache of the row before: what any context is worth, whatever it says."""
-    return kv.take_batch([row - 1 for row in range(kv.n_batch)])
+    """Each row gets the cache of the row before: what any context is worth, whatever it says.
+
+    It is cut where the row's own cache ends, so that what follows has room where it had before.
+    """
+    other = kv.take_batch([row - 1 for row in range(kv.n_batch)])
+    end = (kv.positions[0] * kv.present.any(0)).amax(-1, keepdim=True)
+    return replace(other, present=other.present & (other.positions[0] <= end))
