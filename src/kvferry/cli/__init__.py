@@ -10,6 +10,7 @@ from kvferry.cli.ask import ask
 from kvferry.cli.bench import bench
 from kvferry.cli.bytes import count_bytes
 from kvferry.cli.certify import certify
+from kvferry.cli.curve import curve
 from kvferry.cli.demo import demo
 from kvferry.cli.export import export
 from kvferry.cli.fit import fit
@@ -37,6 +38,7 @@ app.command()(fit)
 app.command()(export)
 app.command()(certify)
 app.command()(profile)
+app.command()(curve)
 app.command()(aligners)
 app.add_typer(bench, name="bench")
 app.add_typer(zoo, name="zoo")
