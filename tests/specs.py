@@ -12,6 +12,8 @@ SPECS = [
     "int(8)",
     "int(8, group=0, axis=head)",
     "int(8, group=5, axis=block, scale=bfloat16)",
+    "int(6)",
+    "int(6, group=5, axis=block, zstd=3)",
     "int(4)",
     "int(4, group=3, axis=channel)",
     "int(4, group=64, axis=block)",

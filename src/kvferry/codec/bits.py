@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits, packed: code `i` is bits `i * bits` and up of one little-endian string of bits."""
+"""Codes of 2, 3, 4, 6 or 8 bits, packed: code `i` is bits `i * bits` and up of one little-endian string of bits."""
 
 import torch
 from jaxtyping import UInt8
@@ -31,7 +31,7 @@ def pack_codes(codes: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]
     if bits == 4:  # the same, much faster
         even = pad(codes & 0xF, (0, len(codes) % 2))
         return even[0::2] | even[1::2] << 4
-    rows = pad(codes & (1 << bits) - 1, (0, -len(codes) % _CODES)).reshape(-1, _CODES).int()
+    rows = pad(codes & (1 << bits) - 1, (0, -len(codes) % _CODES)).reshape(-1, _CODES).long()
     strings = (rows << bits * torch.arange(_CODES, device=codes.device)).sum(-1, keepdim=True)
     rows = strings >> 8 * torch.arange(bits, device=codes.device) & 0xFF
     return rows.to(torch.uint8).flatten()[: packed_length(len(codes), bits)]
@@ -48,7 +48,7 @@ def unpack_codes(packed: UInt8[Tensor, " bytes"], bits: int, n_codes: int) -> UI
     if bits == 4:
         codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten()
     else:
-        rows = pad(packed, (0, -len(packed) % bits)).reshape(-1, bits).int()
+        rows = pad(packed, (0, -len(packed) % bits)).reshape(-1, bits).long()
         strings = (rows << 8 * torch.arange(bits, device=packed.device)).sum(-1, keepdim=True)
         rows = strings >> bits * torch.arange(_CODES, device=packed.device) & (1 << bits) - 1
         codes = rows.to(torch.uint8).flatten()

@@ -19,9 +19,9 @@ from kvferry.errors import BadSpec, Malformed, NotFinite
 
 @dataclass(frozen=True, repr=False)
 class Int(Scaled):
-    """Integers of 8, 4, 3 or 2 bits. The error is at most half a scale, plus the rounding of the scale itself.
+    """Integers of 8, 6, 4, 3 or 2 bits. The error is at most half a scale, plus the rounding of the scale itself.
 
-    8 and 4 bits: a code k stands for k scales, `-top..top`, zero is exact. 3 and 2 bits: from the lowest to the
+    8, 6 and 4 bits: a code k stands for k scales, `-top..top`, zero is exact. 3 and 2 bits: from the lowest to the
     highest, -peak to peak is cut in 2**bits equal cells, and a code stands for the middle of its cell. With so few
     levels a zero costs too much: on normal numbers in groups of 32 the squared error falls from .051 to .032 at 3
     bits and from .43 to .13 at 2, below the .154 of four levels from minimum to maximum, which need a zero point too.
@@ -34,15 +34,15 @@ class Int(Scaled):
     """
 
     name: ClassVar[str] = "int"
-    bits: Literal[8, 4, 3, 2] = 8
+    bits: Literal[8, 6, 4, 3, 2] = 8
     group: int = 32
     axis: Axis = "token"
     centred: bool = False
     scale: ScaleFormat = "float16"
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4, 3, 2) or self.group < 0:
-            cure = "bits is 8, 4, 3 or 2, group at least 1, or 0 for whole rows"
+        if self.bits not in (8, 6, 4, 3, 2) or self.group < 0:
+            cure = "bits is 8, 6, 4, 3 or 2, group at least 1, or 0 for whole rows"
             raise BadSpec(f"int(bits={self.bits}, group={self.group})", cure=cure)
         super().__post_init__()
 
