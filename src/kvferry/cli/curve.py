@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvferry.cli.choices import choose_aligner
+from kvferry.cli.choices import AlignerOption, choose_aligner
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,45 +19,52 @@ _WIDE = 200
 """Columns of a table of many numbers, where the terminal is narrower."""
 
 
+PairOption = Annotated[str, typer.Option(help="SENDER-to-RECEIVER; a model to itself needs no aligner.")]
+TaskOption = Annotated[
+    str, typer.Option(help="place:8, place:16, place:32, met:8, needle, two_hops or continuation.")
+]
+SpecsOption = Annotated[
+    list[str] | None, typer.Option(help="'SELECTOR | CODEC'; may be repeated, or several separated by ';'.")
+]
+FileOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="One spec to a line; # begins a comment.")
+]
+CapsOption = Annotated[
+    str | None, typer.Option(help="Bytes: 64,128,...,4096,full; '...' doubles. Default: 10 and full.")
+]
+ItemsOption = Annotated[int, typer.Option(min=2, help="Test items of each seed, an even number.")]
+DevOption = Annotated[int, typer.Option(min=2, help="Dev items, to choose a family's best spec on.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Each has items of its own.")]
+TextsOption = Annotated[
+    int, typer.Option(min=32, help="For continuation without --aligner: texts of the maps' closed forms.")
+]
+CacheOption = Annotated[
+    Path, typer.Option(metavar="DIR", help="Holds the ledger of what was measured, and fitted maps.")
+]
+ResumeFlag = Annotated[bool, typer.Option("--resume", help="Take over what the ledger holds.")]
+ForecastFlag = Annotated[bool, typer.Option("--forecast-only", help="Only say how long it takes.")]
+JsonOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write points and verdicts as JSON.")]
+CsvOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a row for each point.")]
+PngOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture (extra: report).")]
+
+
 def curve(
-    pair: Annotated[str, typer.Option(help="SENDER-to-RECEIVER; a model to itself needs no aligner.")],
-    task: Annotated[
-        str, typer.Option(help="place:8, place:16, place:32, met:8, needle, two_hops or continuation.")
-    ] = "place:8",
-    specs: Annotated[
-        list[str] | None,
-        typer.Option(help="'SELECTOR | CODEC'; may be repeated, or several separated by ';'."),
-    ] = None,
-    specs_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="One spec to a line; # begins a comment.")
-    ] = None,
-    caps: Annotated[
-        str | None, typer.Option(help="Bytes: 64,128,...,4096,full; '...' doubles. Default: 10 and full.")
-    ] = None,
-    items: Annotated[int, typer.Option(min=2, help="Test items of each seed, an even number.")] = 200,
-    dev_items: Annotated[int, typer.Option(min=2, help="Dev items, to choose a family's best spec on.")] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="Each has items of its own.")] = 3,
-    aligner: Annotated[
-        str | None,
-        typer.Option(help="Folder, hub id or shipped name. Default: the one shipped for the pair."),
-    ] = None,
-    fit_texts: Annotated[
-        int, typer.Option(min=32, help="For continuation without --aligner: texts of the map's closed form.")
-    ] = 600,
-    cache: Annotated[
-        Path, typer.Option(metavar="DIR", help="Holds the ledger of what was measured, and fitted maps.")
-    ] = Path("curve-cache"),
-    resume: Annotated[bool, typer.Option("--resume", help="Take over what the ledger holds.")] = False,
-    forecast_only: Annotated[
-        bool, typer.Option("--forecast-only", help="Only say how long it takes.")
-    ] = False,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write points and verdicts as JSON.")
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a row for each point.")] = None,
-    png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the picture (extra: report).")
-    ] = None,
+    pair: PairOption,
+    task: TaskOption = "place:8",
+    specs: SpecsOption = None,
+    specs_file: FileOption = None,
+    caps: CapsOption = None,
+    items: ItemsOption = 200,
+    dev_items: DevOption = 64,
+    seeds: SeedsOption = 3,
+    aligner: AlignerOption = None,
+    fit_texts: TextsOption = 600,
+    cache: CacheOption = Path("curve-cache"),
+    resume: ResumeFlag = False,
+    forecast_only: ForecastFlag = False,
+    json: JsonOption = None,
+    csv: CsvOption = None,
+    png: PngOption = None,
 ) -> None:
     """Accuracy against measured bytes for any ways of sending, beside text; who needs fewer, with intervals."""
     from rich.console import Console

@@ -17,6 +17,7 @@ DEFAULT_SPECS = (
     "snapkv | int(bits=4)",
     "knorm | ecsq",
     "snapkv | ecsq",
+    "lagrangian | ecsq",
 )
 
 
