@@ -42,14 +42,15 @@ _SEEDS = 1_000_003
 
 @dataclass(frozen=True)
 class Places:
-    """Contexts of facts about places, with up to eight questions each: the kind of item that is asked in the end."""
+    """Contexts of facts about places, with so many questions each: the kind of item that is asked in the end."""
 
     n_facts: int = 8
+    n_questions: int = 8
     name: str = "places"
 
     def examples(self, split: Split, seed: int) -> Iterator[Example]:
         for number in count(seed * _SEEDS):
-            document = make_document(number, n_facts=self.n_facts, split=split)
+            document = make_document(number, n_facts=self.n_facts, n_questions=self.n_questions, split=split)
             (first, _), *pieces = document.pieces()
             yield Example(document.context, ((first.removeprefix(document.context), False), *pieces))
 
@@ -67,6 +68,8 @@ class PairRecipe:
     n_texts: int = 384
     penalty: float = 1e-5
     batch_size: int = 8
+    n_questions_in_runs: int = 5
+    """Of each context, where a receiver reads in runs: its tokens are short, so a question takes long."""
     codecs: tuple[str, ...] = (RAW, INT8)
     loop: LoopRecipe = field(default_factory=lambda: LoopRecipe(steps=400, learning_rate=2e-3, warmup=20))
 
@@ -179,7 +182,8 @@ def sums_of(
 def _train(route: Route, recipe: PairRecipe, aligner: NarrowMLP) -> None:
     codecs = [CODECS.parse(spec) for spec in recipe.codecs]
     objective = Objective(route.receiver, {"answer": 1.0}, aligner.contract.stride)
-    drawn = Batches(Places(), "train", 1, recipe.batch_size)
+    asked = Places() if aligner.places == 1 else Places(n_questions=recipe.n_questions_in_runs)
+    drawn = Batches(asked, "train", 1, recipe.batch_size)
     Trainer(aligner, partial(_loss, route, codecs, aligner, objective), drawn, recipe.loop).run()
 
 
