@@ -52,6 +52,8 @@ class HubRecipe:
     penalty: float = 1e-4
     n_texts: int = 256
     batch_size: int = 8
+    n_questions: int = 4
+    """Of each context."""
     founding: LoopRecipe = field(
         default_factory=lambda: LoopRecipe(steps=1500, learning_rate=3e-4, warmup=40)
     )
@@ -118,7 +120,7 @@ def both_ways(newcomer: Model, founders: Sequence[Model]) -> Ways:
 
 
 def _texts(recipe: HubRecipe) -> list[str]:
-    examples = Places().examples("train", 0)
+    examples = Places(n_questions=recipe.n_questions).examples("train", 0)
     return [example.context for example in islice(examples, recipe.n_texts)]
 
 
@@ -168,7 +170,8 @@ def _train(
     encoders = [hub.member(model.name).encoder for model in members]
     for model, encoder in zip(members, encoders, strict=True):
         register_parametrization(encoder, "weight", _turned(model, founders, recipe))
-    Trainer(hub, loss, Batches(Places(), "train", 1, recipe.batch_size), loop).run()
+    drawn = Batches(Places(n_questions=recipe.n_questions), "train", 1, recipe.batch_size)
+    Trainer(hub, loss, drawn, loop).run()
     for encoder in encoders:
         remove_parametrizations(encoder, "weight")
 
