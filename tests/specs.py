@@ -28,6 +28,8 @@ SPECS = [
     "fp8(e5m2, group=4, axis=token, scale=float16, zstd=3)",
     "fp8(e4m3, group=3, axis=channel)",
     "fp8(e5m2, group=7, axis=block)",
+    "mixed(fp16_int8_int6_int4_int3_int2)",
+    "mixed(int8_int4_int2, group=3)",
     "ecsq",
     "ecsq(step=-300, weighting=part)",
     "ecsq(step=40, weighting=frame)",

@@ -40,6 +40,8 @@ SPECS = [
     "int(8, group=1000000000000, axis=channel)",
     "nf4",
     "fp8",
+    "mixed",
+    "mixed(int8_int4_int2, group=3)",
     "ecsq",
     "ecsq(step=-300, weighting=part)",
     "ecsq(step=40, weighting=frame)",

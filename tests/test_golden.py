@@ -32,13 +32,14 @@ def profiled(step: int, cache: str) -> str:
 
 
 ENTROPY_CODED = [spec for spec in SPECS if spec.startswith("ecsq")]
+MIXED = [spec for spec in SPECS if spec.startswith("mixed")]
 SQUEEZED = [spec for spec in SPECS if "zstd" in spec]
 KV_GOLDENS = {
     name_of(spec, cache): (spec, cache)
     for cache, specs in (
         ("small", SPECS),
         ("long", [*ENTROPY_CODED, *SQUEEZED, profiled(64, "long")]),
-        ("classes", [*ENTROPY_CODED, profiled(-150, "classes")]),
+        ("classes", [*ENTROPY_CODED, *MIXED, profiled(-150, "classes")]),
         ("wide", ENTROPY_CODED[1:2]),
         ("grid", ["int(4)", "ecsq"]),
     )

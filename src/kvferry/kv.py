@@ -318,8 +318,8 @@ class Menu:
     """
 
     classes: tuple[int, ...]
-    error: tuple[Float[Tensor, "classes 2 heads tokens"], ...]
-    bits: tuple[Float[Tensor, "classes 2 heads tokens"], ...]
+    error: tuple[Float[Tensor, "classes 2 _ tokens"], ...]
+    bits: tuple[Float[Tensor, "classes 2 _ tokens"], ...]
 
 
 Need = Literal["queries_content", "queries_rotated", "attention_mass", "hidden_states"]

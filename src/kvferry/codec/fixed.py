@@ -84,10 +84,10 @@ class FixedRate(Codec):
         manifest = manifest_of(kv, keep)
         head = (spec_segment(self), *manifest.segments())
         if not self.zstd:
-            _check_cap(head, self._layer_bytes(manifest), max_bytes)
+            check_cap(head, self._layer_bytes(manifest), max_bytes)
         bodies = self._bodies(kv, keep)
         if self.zstd:
-            _check_cap(head, [len(body) for body in bodies], max_bytes)
+            check_cap(head, [len(body) for body in bodies], max_bytes)
         payload = [Segment(SegmentType.PAYLOAD, body) for body in bodies]
         return kv_frame(kv.geometry, manifest.n_tokens, (*head, *payload))
 
@@ -221,7 +221,7 @@ def _runs(layers: Shaped[Tensor, "layers heads tokens dim"], whole: bool) -> Ite
     return (slice(start, start + step) for start in range(0, len(layers), step))
 
 
-def _check_cap(head: tuple[Segment, ...], payload: list[int], max_bytes: int | None) -> None:
+def check_cap(head: tuple[Segment, ...], payload: list[int], max_bytes: int | None) -> None:
     size = packed_bytes([len(segment.body) for segment in head] + payload)
     if max_bytes is not None and size > max_bytes:
         raise BudgetTooSmall(max_bytes, size)

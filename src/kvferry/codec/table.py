@@ -11,6 +11,7 @@ ON_THE_WIRE = {
     "ecsq": "kvferry.codec.ecsq:Ecsq",
     "fp8": "kvferry.codec.fp8:Fp8",
     "int": "kvferry.codec.integer:Int",
+    "mixed": "kvferry.codec.mixed:Mixed",
     "nf4": "kvferry.codec.nf4:Nf4",
     "raw": "kvferry.codec.raw:Raw",
 }
