@@ -8,6 +8,7 @@ import pytest
 from kvferry.codec import fast
 from kvferry.codec.ecsq import shaping, source, stats
 from kvferry.codec.entropy import rans, symbols
+from kvferry.codec.progressive import rebuild
 
 every_path = pytest.mark.parametrize("compiled", [False, True], ids=["numpy", "numba"])
 
@@ -18,7 +19,7 @@ def path(compiled: bool) -> Iterator[None]:
     if compiled and not fast.available():
         pytest.skip("numba is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (shaping, source, stats, rans, symbols):
+        for module in (shaping, source, stats, rans, symbols, rebuild):
             patch.setattr(module, "available", lambda: compiled)
         yield
 

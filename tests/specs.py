@@ -33,6 +33,9 @@ SPECS = [
     "ecsq",
     "ecsq(step=-300, weighting=part)",
     "ecsq(step=40, weighting=frame)",
+    "progressive",
+    "progressive(step=-300, weighting=part, n_layers=4)",
+    "progressive(step=40, weighting=frame, n_layers=2)",
 ]
 
 

@@ -45,6 +45,9 @@ SPECS = [
     "ecsq",
     "ecsq(step=-300, weighting=part)",
     "ecsq(step=40, weighting=frame)",
+    "progressive",
+    "progressive(step=-300, weighting=part, n_layers=4)",
+    "progressive(step=40, weighting=frame, n_layers=2)",
 ]
 INTS = [spec for spec in SPECS if spec.startswith("int")]
 MEMBERS = {spec: CODECS.parse(spec) for spec in SPECS}

@@ -26,12 +26,12 @@ def name_of(spec: str, cache: str) -> str:
     return "-".join(words) + ("" if cache == "small" else f"-{cache}")
 
 
-def profiled(step: int, cache: str) -> str:
+def profiled(step: int, cache: str, codec: str = "ecsq") -> str:
     """The codec with a profile of the sender of a cache; its hash is frozen too."""
-    return f"ecsq(step={step}, profile={held_profile(CACHES[cache]()[0].geometry).name})"
+    return f"{codec}(step={step}, profile={held_profile(CACHES[cache]()[0].geometry).name})"
 
 
-ENTROPY_CODED = [spec for spec in SPECS if spec.startswith("ecsq")]
+ENTROPY_CODED = [spec for spec in SPECS if spec.startswith(("ecsq", "progressive"))]
 MIXED = [spec for spec in SPECS if spec.startswith("mixed")]
 SQUEEZED = [spec for spec in SPECS if "zstd" in spec]
 KV_GOLDENS = {
@@ -39,7 +39,10 @@ KV_GOLDENS = {
     for cache, specs in (
         ("small", SPECS),
         ("long", [*ENTROPY_CODED, *SQUEEZED, profiled(64, "long")]),
-        ("classes", [*ENTROPY_CODED, *MIXED, profiled(-150, "classes")]),
+        (
+            "classes",
+            [*ENTROPY_CODED, *MIXED, profiled(-150, "classes"), profiled(-90, "classes", "progressive")],
+        ),
         ("wide", ENTROPY_CODED[1:2]),
         ("grid", ["int(4)", "ecsq"]),
     )

@@ -67,6 +67,7 @@ def _forms(kv: KV) -> list[Seed]:
         Seed("no tokens", pack(codec.encode(contract.cache(contract.RAGGED, n_tokens=0))), kv.geometry),
         Seed("classes", pack(_classes(kv)), kv.geometry),
         Seed("profile", pack(_profiled(kv)), kv.geometry),
+        Seed("layers", pack(_profiled(kv, "progressive")), kv.geometry),
         Seed("sparse", pack(_sparse(CODECS.parse("int(4)"))), contract.geometry(((1, 1, 1), (1, 1, 1)))),
     ]
 
@@ -83,9 +84,9 @@ def _classes(kv: KV) -> Frame:
     return CODECS.parse("ecsq").encode(kv, plan)
 
 
-def _profiled(kv: KV) -> Frame:
+def _profiled(kv: KV, codec: str = "ecsq") -> Frame:
     """Channels as a profile says that both ends hold."""
-    return CODECS.parse(f"ecsq(profile={held_profile(kv.geometry).name})").encode(kv)
+    return CODECS.parse(f"{codec}(profile={held_profile(kv.geometry).name})").encode(kv)
 
 
 def _sparse(codec) -> Frame:

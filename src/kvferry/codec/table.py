@@ -13,6 +13,7 @@ ON_THE_WIRE = {
     "int": "kvferry.codec.integer:Int",
     "mixed": "kvferry.codec.mixed:Mixed",
     "nf4": "kvferry.codec.nf4:Nf4",
+    "progressive": "kvferry.codec.progressive:Progressive",
     "raw": "kvferry.codec.raw:Raw",
 }
 """What a message may name. Plug-ins are not among them: a message must never choose what is imported."""

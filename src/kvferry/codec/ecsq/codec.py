@@ -57,10 +57,10 @@ class Ecsq(Codec):
 
     def __post_init__(self) -> None:
         if not -MAX_STEP <= self.step <= MAX_STEP or self.weighting not in ("layer", "part", "frame"):
-            what = f"ecsq(step={self.step}, weighting={self.weighting})"
+            what = f"{self.name}(step={self.step}, weighting={self.weighting})"
             raise BadSpec(what, cure=f"step is within {MAX_STEP}, weighting layer, part or frame")
         if self.profile != NONE and self.weighting != "layer":
-            what = f"ecsq(weighting={self.weighting}, profile={self.profile})"
+            what = f"{self.name}(weighting={self.weighting}, profile={self.profile})"
             raise BadSpec(what, cure="Leave weighting out: a profile brings its own weights")
 
     def said_by(self, header: Header) -> Codec:
@@ -115,7 +115,7 @@ class Ecsq(Codec):
         for part, body in zip(parts, bodies, strict=True):
             if part.blocks:
                 read_part(part, body, scheme, frame.step, Writes(groups))
-        return manifest.cache(tuple(_to(group, device) for group in groups), device)
+        return manifest.cache(tuple(to_device(group, device) for group in groups), device)
 
     @torch.no_grad()
     def roundtrip(self, kv: KV) -> KV:
@@ -129,7 +129,7 @@ class Ecsq(Codec):
         index = np.flatnonzero(one.present[:, 0].any(0).cpu().numpy())
         groups = empty_groups(one.geometry, len(index), bool(manifest.present.all()))
         message.through(self.step, Writes(groups))
-        return tuple(_spread(group, index, one.n_tokens) for group in groups)
+        return tuple(spread(group, index, one.n_tokens) for group in groups)
 
     def _measured(self, kv: KV, plan: Plan | None) -> tuple[Manifest, Message]:
         """What is kept of one sequence, ready to be written at any step."""
@@ -160,11 +160,12 @@ class Ecsq(Codec):
         return None if self.profile == NONE else find_profile(self.profile)
 
 
-def _to(group: Group, device: torch.device) -> Group:
+def to_device(group: Group, device: torch.device) -> Group:
+    """A group of layers elsewhere."""
     return Group(group.layers, group.keys.to(device), group.values.to(device))
 
 
-def _spread(group: Group, index: Int64[np.ndarray, " tokens"], n_tokens: int) -> Group:
+def spread(group: Group, index: Int64[np.ndarray, " tokens"], n_tokens: int) -> Group:
     """Tokens back to their slots; the others are zero."""
     if len(index) == n_tokens:
         return group

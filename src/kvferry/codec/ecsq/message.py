@@ -31,7 +31,7 @@ class Message:
     def at(self, step: int) -> "Written":
         """The message at a step."""
         coded = [self._code(one, step) if one.part.blocks else NOTHING for one in self.measured]
-        return Written(step, self._before, coded)
+        return Written(step, self.before, coded)
 
     def through(self, step: int, target: Arrays) -> None:
         """Write what coding at a step does to the numbers."""
@@ -42,7 +42,8 @@ class Message:
                 write_through(quantised, self.scheme.shaped(quantised, self.arrays), target)
 
     @cached_property
-    def _before(self) -> tuple[Segment, ...]:
+    def before(self) -> tuple[Segment, ...]:
+        """What goes before the parts."""
         return tuple(sorted((*self.head, *self.scheme.segments()), key=lambda segment: segment.type))
 
     def _code(self, measured: Measured, step: int) -> Coded:

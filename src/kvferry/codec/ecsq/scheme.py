@@ -45,6 +45,11 @@ class Scheme(ABC):
         """The numbers to round, of a part."""
         return arrays
 
+    @cached_property
+    def feedback(self) -> Feedback:
+        """How rounding errors are shaped; empty where they are not."""
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class SelfContained(Scheme):
@@ -95,10 +100,10 @@ class FromProfile(Scheme):
         return Grid(exponent, step_size(exponent), level, self.profile.mean[channels])
 
     def shaped(self, quantised: Quantised, arrays: Arrays) -> Arrays:
-        return shape(quantised, arrays, self._feedback)
+        return shape(quantised, arrays, self.feedback)
 
     @cached_property
-    def _feedback(self) -> Feedback:
+    def feedback(self) -> Feedback:
         found, at = {}, 0
         for layer, one in enumerate(self.geometry.layers):
             for which, dim in enumerate((one.key_dim, one.value_dim)):

@@ -8,14 +8,14 @@ Rule 3: a stream that does not end at rest, with every word used, is refused.
 This file is the reference, one numpy step for each row of lanes; `loops.py` does the same in compiled loops.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int, UInt8, UInt16
 
 from kvferry.codec.entropy import loops
-from kvferry.codec.entropy.tables import PRECISION_BITS, TOTAL, tables
+from kvferry.codec.entropy.tables import PRECISION_BITS, TOTAL, Book, tables
 from kvferry.codec.fast import available, compiled
 from kvferry.errors import Malformed
 
@@ -30,6 +30,8 @@ class Run:
 
     table: UInt8[np.ndarray, " rows"]
     lengths: Int[np.ndarray, " rows"]
+    book: Book = field(default_factory=tables)
+    """Where the tables stand."""
 
     @property
     def n_symbols(self) -> int:
@@ -45,7 +47,7 @@ class Run:
         if not len(self.table):
             return self
         first = np.flatnonzero(np.diff(self.table, prepend=self.table[0] + np.uint8(1)))
-        return Run(self.table[first], np.add.reduceat(self.lengths, first))
+        return Run(self.table[first], np.add.reduceat(self.lengths, first), self.book)
 
 
 def encode(runs: list[tuple[Run, UInt8[np.ndarray, " _"]]], n_lanes: int) -> bytes:
@@ -70,7 +72,7 @@ def _encode_plain(
     run: Run, symbols: UInt8[np.ndarray, " symbols"], states: np.ndarray
 ) -> UInt16[np.ndarray, " words"]:
     """Words of one run, in order of reading; `states` are moved on."""
-    table, which = tables(), run.tables()
+    table, which = run.book, run.tables()
     n_lanes, n = len(states), len(symbols)
     rows = -(-n // n_lanes)
     # A frequency of 2**14 from 0 moves nothing: it fills the last row.
@@ -92,7 +94,7 @@ def _encode_plain(
 def _encode_fast(
     run: Run, symbols: UInt8[np.ndarray, " symbols"], states: np.ndarray
 ) -> UInt16[np.ndarray, " words"]:
-    table, rows = tables(), run.merged
+    table, rows = run.book, run.merged
     words = np.empty(len(symbols) + 1, np.uint16)
     used = compiled(loops.encode)(
         symbols, rows.table, rows.lengths, table.frequency, table.start, table.inverse, states, words
@@ -129,7 +131,7 @@ class Decoder:
             raise Malformed(what, cure="Write it with kvferry.codec")
 
     def _read_plain(self, run: Run) -> UInt8[np.ndarray, " symbols"]:
-        table, n_lanes = tables(), len(self._states)
+        table, n_lanes = run.book, len(self._states)
         rows = -(-run.n_symbols // n_lanes)
         which = np.resize(run.tables(), (rows, n_lanes))
         out = np.empty((rows, n_lanes), np.uint8)
@@ -148,7 +150,7 @@ class Decoder:
         return out.reshape(-1)[: run.n_symbols]
 
     def _read_fast(self, run: Run) -> UInt8[np.ndarray, " symbols"]:
-        table, rows, out = tables(), run.merged, np.empty(run.n_symbols, np.uint8)
+        table, rows, out = run.book, run.merged, np.empty(run.n_symbols, np.uint8)
         used = compiled(loops.decode)(
             self._words,
             self._n_words,

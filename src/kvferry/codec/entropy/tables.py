@@ -30,23 +30,29 @@ _FILE = Path(__file__).parent / "tables.bin"
 _WIDTH = 128
 
 
-@dataclass(frozen=True)
-class Tables:
-    """All tables side by side, `[table, symbol]`; unused entries are 0."""
+@dataclass(frozen=True, eq=False)
+class Book:
+    """What rANS needs of tables that lie side by side, `[table, symbol]`; unused entries are 0."""
 
-    reach: Int64[np.ndarray, " tables"]
     frequency: UInt32[np.ndarray, "tables symbols"]
     start: UInt32[np.ndarray, "tables symbols"]
     lookup: UInt8[np.ndarray, "tables slots"]
     """The symbol of each of the 2**14 slots."""
-    cost: Int64[np.ndarray, "tables symbols"]
-    entropy: Int64[np.ndarray, " tables"]
-    """The mean cost of a symbol."""
-    centroid: Float32[np.ndarray, "tables magnitudes"]
     interval: UInt32[np.ndarray, "tables symbols"]
     """Frequency, and start in the upper 16 bits."""
     inverse: UInt64[np.ndarray, "tables symbols"]
     """2**46 / frequency, rounded up."""
+    cost: Int64[np.ndarray, "tables symbols"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables(Book):
+    """The tables of the format."""
+
+    reach: Int64[np.ndarray, " tables"]
+    entropy: Int64[np.ndarray, " tables"]
+    """The mean cost of a symbol."""
+    centroid: Float32[np.ndarray, "tables magnitudes"]
 
 
 @cache
@@ -61,18 +67,26 @@ def tables() -> Tables:
     frequency = np.zeros((N_TABLES, _WIDTH), np.uint32)
     used = np.arange(_WIDTH) < (2 * reach + 2)[:, None]
     frequency[used] = data[: used.sum()]
-    start = (np.cumsum(frequency, axis=1) - frequency).astype(np.uint32)
-    cost = np.rint(COST_UNIT * (PRECISION_BITS - np.log2(np.maximum(frequency, 1)))).astype(np.int64)
+    book = book_of(frequency)
     return Tables(
-        reach,
-        frequency,
-        start,
-        np.stack([np.repeat(np.arange(_WIDTH, dtype=np.uint8), row) for row in frequency]),
-        cost,
-        (frequency * cost).sum(axis=1) // TOTAL,
-        (data[used.sum() :].reshape(N_TABLES, N_CENTROIDS) / 2**14).astype(np.float32),
-        start << np.uint32(16) | frequency,
-        -(-(1 << INVERSE_BITS) // np.maximum(frequency, 1).astype(np.int64)).astype(np.uint64),
+        **vars(book),
+        reach=reach,
+        entropy=(frequency * book.cost).sum(axis=1) // TOTAL,
+        centroid=(data[used.sum() :].reshape(N_TABLES, N_CENTROIDS) / 2**14).astype(np.float32),
+    )
+
+
+def book_of(frequency: UInt32[np.ndarray, "tables symbols"]) -> Book:
+    """Tables of these frequencies; each row sums to 2**14."""
+    start = (np.cumsum(frequency, axis=1) - frequency).astype(np.uint32)
+    symbols = np.arange(frequency.shape[1], dtype=np.uint8)
+    return Book(
+        frequency=frequency,
+        start=start,
+        lookup=np.stack([np.repeat(symbols, row) for row in frequency]),
+        interval=start << np.uint32(16) | frequency,
+        inverse=-(-(1 << INVERSE_BITS) // np.maximum(frequency, 1).astype(np.int64)).astype(np.uint64),
+        cost=np.rint(COST_UNIT * (PRECISION_BITS - np.log2(np.maximum(frequency, 1)))).astype(np.int64),
     )
 
 
