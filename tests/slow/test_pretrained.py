@@ -31,8 +31,9 @@ def test_a_fitted_map_lies_between_its_controls_and_the_receivers_own_cache(
     losses = {control.name: control.loss for control in fitted.controls}
     own = losses["the receiver's own cache"]
     knows_nothing = min(losses[name] for name in ("cut or padded with zeros", "mean cache", "mean entry"))
-    for found in fitted.scores:
-        assert own < found.loss < knows_nothing
+    # Trained on answers, a map may tell a receiver more of these texts than its own reading does.
+    for closed, trained in zip(fitted.closed_scores, fitted.scores, strict=True):
+        assert own < closed.loss and trained.loss <= closed.loss < knows_nothing
     listener = Receiver(receiver, fitted.aligner)
     speaker = Sender(sender, CODECS[1], listener.onto)
     message = speaker.read("Once upon a time there was a little dog.")
