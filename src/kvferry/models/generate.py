@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -37,11 +38,15 @@ GREEDY = Sampling()
 
 @dataclass
 class Answer:
-    """One generated continuation. `ended_by`: stop string, end-of-text token, or length."""
+    """One generated continuation. `ended_by`: stop string, end-of-text token, or length.
+
+    `margin`: the smallest difference, over its steps, of the two largest log-probabilities, in nats.
+    """
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
     ended_by: str = ""
+    margin: float = field(default=inf, compare=False)
 
 
 @torch.no_grad()
@@ -65,8 +70,10 @@ def generate(
     n_steps = min(max_new_tokens, _room(state) + 1)  # the last token drawn need not be read
     for step in range(n_steps):
         ids = pick(logits, sampling, generator)
-        for answer, writer, number in zip(answers, writers, ids.tolist(), strict=True):
+        margins = _margins(logits).tolist()
+        for answer, writer, number, margin in zip(answers, writers, ids.tolist(), margins, strict=True):
             if not answer.ended_by:
+                answer.margin = min(answer.margin, margin)
                 _take(answer, writer, number, model)
         going = [not answer.ended_by for answer in answers]
         if not any(going) or step + 1 == n_steps:
@@ -92,6 +99,11 @@ def pick(
     ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
     drawn = torch.multinomial(ordered.softmax(-1), 1, generator=generator)
     return order.gather(-1, drawn).squeeze(-1)
+
+
+def _margins(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+    first, second = logits.float().topk(2).values.unbind(-1)
+    return first - second
 
 
 def _room(state: State) -> int:

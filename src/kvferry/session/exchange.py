@@ -25,6 +25,7 @@ from kvferry.errors import (
     ContractError,
     KvferryError,
     LimitExceeded,
+    LinkError,
     Malformed,
     PeerLost,
     PeerRefused,
@@ -34,6 +35,7 @@ from kvferry.errors import (
 from kvferry.link import Channel, Listener, connect, listen
 from kvferry.session.message import Message, message_of
 from kvferry.session.receiver import Receiver
+from kvferry.session.refine import Asked, read_asked, refined
 from kvferry.session.reply import Reply
 from kvferry.wire import Agreement, Frame, MessageKind, json_frame, read_json
 
@@ -52,13 +54,21 @@ T = TypeVar("T")
 class Remote:
     """A receiver at the other end of a channel, after hello."""
 
-    def __init__(self, channel: Channel, codecs: Sequence[str], contracts: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        codecs: Sequence[str],
+        contracts: Sequence[int] = (),
+        refines: bool = False,
+    ) -> None:
         self.channel = channel
         self.meter = channel.meter
         self.codecs = tuple(codecs)
         """What the receiver's aligner was fitted under; empty where any codec will do."""
         self.contracts = frozenset(contracts)
         """Ids of what short headers may stand for."""
+        self.refines = refines
+        """Whether it answers from the first part of a message, see `refine.py`."""
 
     def agreed(self, message: Message) -> Message:
         """The message as it travels, short where the receiver has agreed. Damaged ones are the receiver's to refuse."""
@@ -79,8 +89,8 @@ class Remote:
         await self.channel.send(self.agreed(request).data, "request")
         for message in messages:
             await self.channel.send(self.agreed(message).data, "message")
-        frame = await _expect(self.channel, MessageKind.REPORT, "answer")
-        return _read_replies(frame, len(questions))
+        frame = await expect(self.channel, (MessageKind.REPORT,), "answer")
+        return read_replies(frame, len(questions))
 
     async def close(self) -> None:
         await self.channel.close()
@@ -89,8 +99,9 @@ class Remote:
 async def greet(channel: Channel, hello: Message) -> Remote:
     """Say hello over a channel; `PeerRefused` where the receiver does not accept the contract."""
     await channel.send(hello.data, "hello")
-    answer = read_json(await _expect(channel, MessageKind.HELLO, "hello"))
-    return Remote(channel, _listed(answer, "codecs", str), _listed(answer, "contracts", int))
+    answer = read_json(await expect(channel, (MessageKind.HELLO,), "hello"))
+    codecs, contracts = _listed(answer, "codecs", str), _listed(answer, "contracts", int)
+    return Remote(channel, codecs, contracts, answer.get("refines") is True)
 
 
 async def call(host: str, port: int, hello: Message, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Remote:
@@ -128,6 +139,9 @@ async def _serve_request(receiver: Receiver, channel: Channel, request: Message)
     """Whether the conversation can go on."""
     try:
         questions, max_new_tokens = _read_request(request)
+        content = read_json(request.frame)
+        if "patience" in content:
+            return await _refine(receiver, channel, read_asked(content, questions, max_new_tokens))
         messages = await _receive_messages(channel, len(questions), receiver.agreements)
     except (WireError, ContractError) as error:
         await channel.send(_refusal(error).data, "answer")
@@ -138,6 +152,18 @@ async def _serve_request(receiver: Receiver, channel: Channel, request: Message)
         return message_of(json_frame(MessageKind.REPORT, {"replies": [asdict(reply) for reply in replies]}))
 
     await _answer(channel, report, "answer")
+    return True
+
+
+async def _refine(receiver: Receiver, channel: Channel, asked: Asked) -> bool:
+    """The sender waits after every piece, so a refusal leaves both in step."""
+    try:
+        answer = await refined(receiver, channel, asked)
+    except LinkError:
+        raise
+    except KvferryError as error:
+        answer = _refusal(error)
+    await channel.send(answer.data, "answer")
     return True
 
 
@@ -195,14 +221,15 @@ def _read_request(message: Message) -> tuple[list[str], int]:
     return questions, n_new
 
 
-async def _expect(channel: Channel, kind: MessageKind, label: str) -> Frame:
+async def expect(channel: Channel, kinds: Sequence[MessageKind], label: str) -> Frame:
+    """The next frame, of one of these kinds; `PeerRefused` for an ERROR."""
     frame = Message(await channel.receive(label)).frame
     if frame.kind == MessageKind.ERROR:
         content = read_json(frame)
         raise PeerRefused(f"{content.get('error')}: {content.get('what')}", cure=str(content.get("cure")))
-    if frame.kind != kind:
+    if frame.kind not in kinds:
         raise ContractError(
-            f"{frame.kind.name} came where {kind.name} belongs", cure="Use kvferry on both sides"
+            f"{frame.kind.name} came where {kinds[-1].name} belongs", cure="Use kvferry on both sides"
         )
     return frame
 
@@ -215,7 +242,8 @@ def _listed(answer: dict[str, Any], name: str, kind: type[T]) -> list[T]:
     return found
 
 
-def _read_replies(frame: Frame, n: int) -> list[Reply]:
+def read_replies(frame: Frame, n: int) -> list[Reply]:
+    """The replies of a REPORT."""
     rows: Any = read_json(frame).get("replies")
     if not isinstance(rows, list) or len(rows) != n:
         raise Malformed(f"REPORT without {n} replies", cure="Use kvferry on both sides")

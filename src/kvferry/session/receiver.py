@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.folder import aligner_folder, load_aligner
@@ -69,14 +71,21 @@ class Receiver:
         if messages[0].is_text:
             texts = [message.text for message in messages]
             return answer_texts(self.model, texts, questions, max_new_tokens=max_new_tokens, on_text=on_text)
+        state, logits, watch = self.take_in([message.frame for message in messages], questions)
+        return finish(state, logits, watch, max_new_tokens=max_new_tokens, on_text=on_text)
+
+    def take_in(
+        self, frames: Sequence[Frame], questions: Sequence[str]
+    ) -> tuple[State, Float[Tensor, "batch vocab"], Stopwatch]:
+        """Read questions behind caches, whole or cut: the state, the logits of the first token of each answer."""
         watch = Stopwatch(self.model.device)
         with watch.stage("decode"):
-            caches = stack([self._decode(message.frame) for message in messages])
+            caches = stack([self._decode(frame) for frame in frames])
         with watch.stage("align"), torch.no_grad():
             aligned = self.aligner(caches)
         with watch.stage("prefill"):
             state, logits = self._prefill(aligned, questions)
-        return finish(state, logits, watch, max_new_tokens=max_new_tokens, on_text=on_text)
+        return state, logits, watch
 
     def welcome(self, hello: Message) -> Message:
         """Accept a sender's hello or raise the `ContractError` that says why not."""
@@ -88,6 +97,7 @@ class Receiver:
         content = {
             "codecs": list(self.contract.coded_with),
             "contracts": [agreed.contract_id for agreed in self.agreements],
+            "refines": True,
         }
         return message_of(json_frame(MessageKind.HELLO, content))
 
