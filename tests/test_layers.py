@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"errors"},
     "metrics": NOUNS,
     "codec": {*MATHS, "wire"},
-    "select": MATHS,
+    "select": {*MATHS, "weights"},
     "align": {*MATHS, "weights"},
     "fuse": {*MATHS, "weights"},
     "models": BELOW_MODELS,

@@ -14,6 +14,7 @@ from kvferry.cli.curve import curve
 from kvferry.cli.demo import demo
 from kvferry.cli.export import export
 from kvferry.cli.fit import fit
+from kvferry.cli.fit_indexer import fit_indexer
 from kvferry.cli.group import Verbs
 from kvferry.cli.inspect import inspect
 from kvferry.cli.pack import pack_file
@@ -35,6 +36,7 @@ app.command()(inspect)
 app.command("bytes")(count_bytes)
 app.command()(demo)
 app.command()(fit)
+app.command("fit-indexer")(fit_indexer)
 app.command()(export)
 app.command()(certify)
 app.command()(profile)

@@ -193,6 +193,44 @@ def bench_align(
         out.print(rich_table(sheet), width=max(out.width, _WIDE))
 
 
+@bench.command("indexer")
+def bench_indexer(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or zoo name; may be repeated. Default: the shared folder's models and the zoo."
+        ),
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Indexer heads.")] = 8,
+    dim: Annotated[int, typer.Option(min=1, help="Channels of each.")] = 64,
+    steps: Annotated[int, typer.Option(min=0, help="Of training.")] = 400,
+    seed: Annotated[int, typer.Option(help="Decides which texts are drawn.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")] = None,
+) -> None:
+    """How much attention the slots of a fitted lightning indexer hold, beside scores that see no query."""
+    from rich.console import Console
+
+    from kvferry.lab.indexer_bench import (
+        indexer_line,
+        indexer_settings_of,
+        indexer_sheet,
+        run_indexers,
+        written,
+    )
+    from kvferry.lab.ledger import write_file
+    from kvferry.lab.wire.tables import markdown, rich_table
+
+    console = Console(stderr=True, highlight=False)
+    settings = indexer_settings_of(models, heads, dim, steps, seed)
+    points = run_indexers(settings, lambda point: console.print(indexer_line(point), soft_wrap=True))
+    if json:
+        write_file(json, written(points))
+    if page:
+        write_file(page, markdown(indexer_sheet(points)).encode() + b"\n")
+    Console(highlight=False, width=_WIDE).print(rich_table(indexer_sheet(points)))
+
+
 def _parts(text: str | None, separator: str) -> tuple[str, ...] | None:
     if text is None:
         return None
