@@ -19,6 +19,7 @@ from kvferry.cli.group import Verbs
 from kvferry.cli.inspect import inspect
 from kvferry.cli.pack import pack_file
 from kvferry.cli.profile import profile
+from kvferry.cli.schedule import schedule
 from kvferry.cli.send import send
 from kvferry.cli.serve import serve
 from kvferry.cli.unpack import unpack_file
@@ -41,6 +42,7 @@ app.command()(export)
 app.command()(certify)
 app.command()(profile)
 app.command()(curve)
+app.command()(schedule)
 app.command()(aligners)
 app.add_typer(bench, name="bench")
 app.add_typer(zoo, name="zoo")

@@ -21,6 +21,7 @@ from kvferry.models.scores import scores_of
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.models.tokens import join
 from kvferry.select.contract import Selector
+from kvferry.select.graded import Graded
 from kvferry.select.sight import Asked, Budget, Sight
 from kvferry.session.message import Message, message_of
 
@@ -54,6 +55,8 @@ def encode_sight(codec: Codec, selector: Selector, sight: Sight, max_bytes: int 
 
     Raises `BudgetTooSmall` with the smallest cap that would do, and what the selector and the codec raise.
     """
+    if isinstance(selector, Graded):
+        selector.require_codec(codec)
     budget = None if max_bytes is None else _budget(codec, sight.kv, max_bytes)
     plan = selector.plan(sight, budget)
     return message_of(codec.encode(sight.kv, plan, max_bytes))
