@@ -320,6 +320,8 @@ class Menu:
     classes: tuple[int, ...]
     error: tuple[Float[Tensor, "classes 2 _ tokens"], ...]
     bits: tuple[Float[Tensor, "classes 2 _ tokens"], ...]
+    units: tuple[tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]], ...] = ()
+    """What errors are counted in, by layer, `[heads, dim]` of keys and of values; empty for codecs without steps."""
 
 
 Need = Literal["queries_content", "queries_rotated", "attention_mass", "hidden_states"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from kvferry.cli.choices import (
     CODEC,
     RECEIVER,
+    SELECT,
     SENDER,
     AlignerOption,
     CodecOption,
@@ -14,9 +15,11 @@ from kvferry.cli.choices import (
     MaxBytesOption,
     QuestionOption,
     ReceiverOption,
+    SelectOption,
     SenderOption,
     choose_aligner,
     choose_codec,
+    choose_selector,
     read_context,
 )
 
@@ -34,12 +37,13 @@ def ask(
     receiver: ReceiverOption = RECEIVER,
     aligner: AlignerOption = None,
     codec: CodecOption = CODEC,
+    select: SelectOption = SELECT,
     max_bytes: MaxBytesOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Let one model read a text and another one answer a question about it."""
     text = read_context(context)
-    coder = choose_codec(codec)
+    coder, selector = choose_codec(codec), choose_selector(select)
     from kvferry.cli.exchange import read, show
     from kvferry.models.load import load
     from kvferry.session.receiver import Receiver
@@ -47,8 +51,8 @@ def ask(
 
     model = load(sender)  # an unknown name is told before that of an aligner
     answerer = Receiver(load(receiver), choose_aligner(aligner, sender, receiver))
-    reader = Sender(model, coder, answerer.onto)
-    message, times = read(reader, text, max_bytes)
+    reader = Sender(model, coder, answerer.onto, selector, answerer.aligner)
+    message, times = read(reader, text, max_bytes, question)
     show(asyncio.run(_ask_here(answerer, reader.hello(), message, question, times)), json)
 
 

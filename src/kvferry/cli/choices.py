@@ -10,8 +10,9 @@ from kvferry.errors import EmptyContext, UnknownName, UsageError
 
 if TYPE_CHECKING:
     from kvferry.codec import Codec
+    from kvferry.select.contract import Selector
 
-SENDER, RECEIVER, CODEC = "llama", "gemma3", "ecsq"
+SENDER, RECEIVER, CODEC, SELECT = "llama", "gemma3", "ecsq", "all"
 _SHORTEST_KEY, _LONGEST_KEY = 16, 64
 HOST, PORT = "127.0.0.1", 7070
 
@@ -32,6 +33,9 @@ OntoOption = Annotated[
     ),
 ]
 CodecOption = Annotated[str, typer.Option(help="How the cache is coded: ecsq, int(bits=8), raw, ...")]
+SelectOption = Annotated[
+    str, typer.Option(help="What is sent of it: all, lagrangian, question, vnorm(proportion=0.5), ...")
+]
 MaxBytesOption = Annotated[int | None, typer.Option(help="Cap of the message.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFileOption = Annotated[
@@ -76,6 +80,13 @@ def choose_codec(spec: str) -> "Codec":
     from kvferry.codec import CODECS
 
     return CODECS.parse(spec)
+
+
+def choose_selector(spec: str) -> "Selector":
+    """The selector of a spec; a `UsageError` for one that is none, before a model is loaded."""
+    from kvferry.select import SELECTORS
+
+    return SELECTORS.parse(spec)
 
 
 def choose_aligner(given: str | None, sender: str, receiver: str) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from kvferry.session.exchange import Remote
 from kvferry.session.message import Message
+from kvferry.session.selecting import encode_sight
 from kvferry.session.sender import Sender
 
 STAGES = ("capture", "encode", "link", "decode", "align", "prefill", "generate")
@@ -22,12 +23,14 @@ class Answered:
     latency_ms: dict[str, float]
 
 
-def read(sender: Sender, text: str, max_bytes: int | None = None) -> tuple[Message, dict[str, float]]:
-    """The message, and the time of its two stages."""
+def read(
+    sender: Sender, text: str, max_bytes: int | None = None, question: str | None = None
+) -> tuple[Message, dict[str, float]]:
+    """The message, and the time of its two stages; selecting is a part of encoding."""
     start = time.perf_counter()
-    kv = sender.capture([text])
+    (sight,) = sender.look([text], None if question is None else [question])
     captured = time.perf_counter()
-    (message,) = sender.encode(kv, max_bytes)
+    message = encode_sight(sender.codec, sender.select, sight, max_bytes)
     encoded = time.perf_counter()
     return message, {"capture": (captured - start) * 1e3, "encode": (encoded - captured) * 1e3}
 

@@ -8,21 +8,24 @@ import typer
 
 from kvferry.cli.choices import (
     CODEC,
+    SELECT,
     SENDER,
     CodecOption,
     JsonFlag,
     KeyFileOption,
     MaxBytesOption,
     OntoOption,
+    SelectOption,
     SenderOption,
     choose_codec,
+    choose_selector,
     read_context,
     read_key,
 )
 from kvferry.errors import BudgetTooSmall, UsageError
 
 if TYPE_CHECKING:
-    from kvferry.kv import KV
+    from kvferry.select.sight import Sight
     from kvferry.session.message import Message
     from kvferry.session.sender import Sender
 
@@ -38,6 +41,7 @@ def pack_file(
     sender: SenderOption = SENDER,
     onto: OntoOption = None,
     codec: CodecOption = CODEC,
+    select: SelectOption = SELECT,
     max_bytes: MaxBytesOption = None,
     key_file: KeyFileOption = None,
     json: JsonFlag = False,
@@ -48,32 +52,36 @@ def pack_file(
     if cache is not None and onto is not None:
         raise UsageError("--onto for a cache", cure="Leave it out: a cache stays on the tokens that it has")
     text = None if context is None else read_context(context)
-    key, coder = read_key(key_file), choose_codec(codec)
+    key, coder, selector = read_key(key_file), choose_codec(codec), choose_selector(select)
     from kvferry.session.sender import Sender
 
-    reader = Sender(sender, coder, onto)
-    message = _message(reader, _cache(reader, text, cache), max_bytes, key)
+    reader = Sender(sender, coder, onto, selector)
+    message = _message(reader, _sight(reader, text, cache), max_bytes, key)
     message.save(out)
     _show(message, key, out, json)
 
 
-def _cache(reader: "Sender", text: str | None, file: Path | None) -> "KV":
+def _sight(reader: "Sender", text: str | None, file: Path | None) -> "Sight":
+    """Of a cache in a file nothing is known beside it."""
     if text is not None:
-        return reader.capture([text])
+        return reader.look([text])[0]
+    from kvferry.select.sight import alone
     from kvferry.session.cache_file import load_cache
 
-    return load_cache(file or "", reader.model.geometry)
+    (sequence,) = load_cache(file or "", reader.model.geometry).sequences()
+    return alone(sequence)
 
 
-def _message(reader: "Sender", kv: "KV", max_bytes: int | None, key: bytes | None) -> "Message":
+def _message(reader: "Sender", sight: "Sight", max_bytes: int | None, key: bytes | None) -> "Message":
     """The message, sealed if there is a key; its seal counts under the cap."""
     from kvferry.session.message import Message
+    from kvferry.session.selecting import frame_of
     from kvferry.wire import MAC_BYTES, pack
 
     spare = MAC_BYTES if key else 0
-    (sequence,) = kv.sequences()
+    cap = None if max_bytes is None else max_bytes - spare
     try:
-        frame = reader.codec.encode(sequence, max_bytes=None if max_bytes is None else max_bytes - spare)
+        frame = frame_of(reader.codec, reader.select, sight, cap)
     except BudgetTooSmall as error:
         raise BudgetTooSmall(max_bytes or 0, error.smallest_bytes + spare) from None
     return Message(pack(frame, key))

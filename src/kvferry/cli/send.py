@@ -7,6 +7,7 @@ from kvferry.cli.choices import (
     CODEC,
     HOST,
     PORT,
+    SELECT,
     SENDER,
     CodecOption,
     ContextOption,
@@ -16,8 +17,10 @@ from kvferry.cli.choices import (
     OntoOption,
     PortOption,
     QuestionOption,
+    SelectOption,
     SenderOption,
     choose_codec,
+    choose_selector,
     read_context,
 )
 
@@ -32,6 +35,7 @@ def send(
     sender: SenderOption = SENDER,
     onto: OntoOption = None,
     codec: CodecOption = CODEC,
+    select: SelectOption = SELECT,
     max_bytes: MaxBytesOption = None,
     host: HostOption = HOST,
     port: PortOption = PORT,
@@ -39,11 +43,13 @@ def send(
 ) -> None:
     """Read a text and let a running receiver (kvferry serve) answer a question about it."""
     text = read_context(context)
-    coder = choose_codec(codec)
+    coder, selector = choose_codec(codec), choose_selector(select)
     from kvferry.cli.exchange import show
     from kvferry.session.sender import Sender
 
-    show(asyncio.run(_send(Sender(sender, coder, onto), text, max_bytes, question, host, port)), json)
+    show(
+        asyncio.run(_send(Sender(sender, coder, onto, selector), text, max_bytes, question, host, port)), json
+    )
 
 
 async def _send(
@@ -54,7 +60,7 @@ async def _send(
 
     remote = await call(host, port, sender.hello())  # a refusal comes before the work
     try:
-        message, times = read(sender, text, max_bytes)
+        message, times = read(sender, text, max_bytes, question)
         return await put(remote, message, question, times)
     finally:
         await remote.close()

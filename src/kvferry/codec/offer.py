@@ -9,6 +9,6 @@ from kvferry.kv import KV, Menu
 class Offering(Protocol):
     """A codec with a menu."""
 
-    def menu(self, kv: KV) -> Menu:
-        """Of one sequence, all slots; absent ones cost and lose nothing."""
+    def menu(self, kv: KV, max_bytes: int | None = None) -> Menu:
+        """Of one sequence, all slots; absent ones cost and lose nothing. Classes are those of interest at the cap."""
         ...

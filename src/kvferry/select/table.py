@@ -21,6 +21,7 @@ SELECTORS: "Table[Selector]" = Table(
         "keydiff": "kvferry.select.keydiff:KeyDiff",
         "knorm": "kvferry.select.knorm:Knorm",
         "kvcomm": "kvferry.select.kvcomm:KVComm",
+        "lagrangian": "kvferry.select.lagrangian:Lagrangian",
         "lightning": "kvferry.select.lightning:Lightning",
         "middle": "kvferry.select.middle:Middle",
         "oracle_delta": "kvferry.select.oracle_delta:OracleDelta",

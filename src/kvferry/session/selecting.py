@@ -21,9 +21,9 @@ from kvferry.models.scores import scores_of
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.models.tokens import join
 from kvferry.select.contract import Selector
-from kvferry.select.graded import Graded
 from kvferry.select.sight import Asked, Budget, Sight
 from kvferry.session.message import Message, message_of
+from kvferry.wire import Frame
 
 
 def look(
@@ -55,18 +55,20 @@ def encode_sight(codec: Codec, selector: Selector, sight: Sight, max_bytes: int 
 
     Raises `BudgetTooSmall` with the smallest cap that would do, and what the selector and the codec raise.
     """
-    if isinstance(selector, Graded):
-        selector.require_codec(codec)
+    return message_of(frame_of(codec, selector, sight, max_bytes))
+
+
+def frame_of(codec: Codec, selector: Selector, sight: Sight, max_bytes: int | None = None) -> Frame:
+    """The frame of that message, not packed yet."""
     budget = None if max_bytes is None else _budget(codec, sight.kv, max_bytes)
-    plan = selector.plan(sight, budget)
-    return message_of(codec.encode(sight.kv, plan, max_bytes))
+    return codec.encode(sight.kv, selector.plan(sight, budget), max_bytes)
 
 
 def _budget(codec: Codec, kv: KV, max_bytes: int) -> Budget:
     def cost(plan: Plan) -> int:
         return codec.smallest(kv, plan)
 
-    offer = (lambda: codec.menu(kv)) if isinstance(codec, Offering) else None
+    offer = (lambda: codec.menu(kv, max_bytes)) if isinstance(codec, Offering) else None
     return Budget(max_bytes, cost, offer)
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 from kvferry.align.receiver_grid import on_receiver_grid
 from kvferry.codec import CODECS, Codec
 from kvferry.fuse.layout import text_slots
-from kvferry.kv import KV
+from kvferry.kv import KV, Readout
 from kvferry.models.capture import capture
 from kvferry.models.load import Model, load
 from kvferry.models.tokenizer import Tokenizer, tokenizer_of
+from kvferry.select import SELECTORS
+from kvferry.select.contract import Selector
+from kvferry.select.sight import Sight
 from kvferry.session.message import Message, message_of
 from kvferry.session.reading import answer_texts
 from kvferry.session.reply import Reply
+from kvferry.session.selecting import encode_sight, look
 from kvferry.wire import MessageKind, json_frame
 
 
@@ -21,6 +25,9 @@ class Sender:
 
     `onto` (a model, or a name or folder to read its tokenizer from) puts caches on that receiver's tokens, for aligners
     whose contract says `grid="receiver"`; else each message holds the sender's own.
+
+    `select` decides which tokens, layers and precisions are sent; `all` leaves a cap to the codec. `readout` is the
+    aligner, for selectors that look through it.
 
     >>> sender = Sender("llama", codec="int(bits=4)")
     >>> message = sender.read("Ann has tea in Oslo.")
@@ -33,25 +40,38 @@ class Sender:
         model: Model | str | Path,
         codec: Codec | str = "ecsq",
         onto: Model | Tokenizer | str | Path | None = None,
+        select: Selector | str = "all",
+        readout: Readout | None = None,
     ) -> None:
         self.model = model if isinstance(model, Model) else load(str(model))
         self.codec = CODECS.parse(codec) if isinstance(codec, str) else codec
         self.onto = onto if onto is None or isinstance(onto, Tokenizer) else tokenizer_of(onto)
+        self.select = SELECTORS.parse(select) if isinstance(select, str) else select
+        self.readout = readout
 
     def with_codec(self, codec: Codec | str) -> "Sender":
-        """The same model on the same grid with another codec."""
-        return Sender(self.model, codec, self.onto)
+        """The same model on the same grid, selecting alike, with another codec."""
+        return Sender(self.model, codec, self.onto, self.select, self.readout)
 
-    def read(self, text: str, max_bytes: int | None = None) -> Message:
+    def read(self, text: str, max_bytes: int | None = None, *, question: str | None = None) -> Message:
         """Read a context and pack it into at most `max_bytes`.
 
-        Raises `EmptyContext`, `ContextTooLong`, `NotFinite`, `BudgetTooSmall`.
+        `question` is what the receiver asked first, for selectors that look at it. Raises `EmptyContext`,
+        `ContextTooLong`, `NotFinite`, `BudgetTooSmall`, `UsageError` for a selector that misses its question.
         """
-        return self.encode(self.capture([text]), max_bytes)[0]
+        (sight,) = self.look([text], None if question is None else [question])
+        return encode_sight(self.codec, self.select, sight, max_bytes)
 
-    def read_batch(self, texts: Sequence[str]) -> list[Message]:
+    def read_batch(self, texts: Sequence[str], max_bytes: int | None = None) -> list[Message]:
         """`read` for several contexts in one prefill."""
-        return self.encode(self.capture(texts))
+        return [encode_sight(self.codec, self.select, sight, max_bytes) for sight in self.look(texts)]
+
+    def look(self, texts: Sequence[str], questions: Sequence[str] | None = None) -> list[Sight]:
+        """Read contexts: what may be sent of each, and what the selector needs to know."""
+        asked = questions if self.select.reads_question else None
+        return look(
+            self.model, texts, self.select.needs, onto=self.onto, questions=asked, readout=self.readout
+        )
 
     def capture(self, texts: Sequence[str]) -> KV:
         """The text slots of several contexts, in content space, one left-padded batch."""
@@ -59,7 +79,7 @@ class Sender:
         return own if self.onto is None else on_receiver_grid(own, self.onto.spans(texts))
 
     def encode(self, kv: KV, max_bytes: int | None = None) -> list[Message]:
-        """One message for each sequence of a cache."""
+        """One message for each sequence of a cache, all of it: nothing is selected."""
         return [message_of(self.codec.encode(one, max_bytes=max_bytes)) for one in kv.sequences()]
 
     def hello(self) -> Message:

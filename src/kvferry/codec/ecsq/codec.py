@@ -28,13 +28,17 @@ from kvferry.codec.estimate import Estimate
 from kvferry.codec.manifest import Manifest, Uses, kv_frame, manifest_of, read_manifest
 from kvferry.codec.profile import Profile
 from kvferry.codec.profiles import NONE, find_profile, name_of
-from kvferry.errors import BadSpec, Malformed
+from kvferry.errors import BadSpec, BudgetTooSmall, Malformed
 from kvferry.kv import KV, Geometry, Group, KeySpace, Menu, Plan
 from kvferry.wire import Frame, Limits, SegmentType, packed_bytes
+from kvferry.wire.fields import STEPS_PER_OCTAVE
 from kvferry.wire.header import Header
 
 MAX_STEP = 1024
 """64ths of an octave, either way: from 1/65,536 of a deviation to 65,536 of them."""
+
+
+_BELOW = 4 * STEPS_PER_OCTAVE
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,10 +95,19 @@ class Ecsq(Codec):
         _, message = self._measured(kv, plan)
         return packed_bytes([len(segment.body) for segment in message.at(MAX_STEP).segments()])
 
-    def menu(self, kv: KV) -> Menu:
-        """What each class of the finest step costs and loses; error in steps of class 1, squared."""
+    def menu(self, kv: KV, max_bytes: int | None = None) -> Menu:
+        """What each class costs and loses; error in steps of class 1, squared.
+
+        Class 1 is the finest step, or, with a cap, four octaves below the one step at which all slots would fit.
+        """
         _, message = self._measured(kv, None)
-        return menu_of(kv, message, self.step)
+        return menu_of(kv, message, self.step if max_bytes is None else self._middle(kv, max_bytes) - _BELOW)
+
+    def _middle(self, kv: KV, max_bytes: int) -> int:
+        try:
+            return max(self.encode(kv, None, max_bytes).step, self.step + _BELOW)
+        except BudgetTooSmall:
+            return MAX_STEP
 
     def estimate(self, kv: KV) -> Estimate:
         """The ideal bytes of one sequence: numbers, and levels and means apart. Raises what `encode` does."""

@@ -29,6 +29,7 @@ def menu_of(kv: KV, message: Message, step: int) -> Menu:
     classes = tuple(range(1, MAX_CLASS + 1, 2 if message.n_numbers > _MANY else 1))
     shapes = [(len(classes), 2, layer.heads, kv.n_tokens) for layer in kv.geometry.layers]
     error, bits = (tuple(torch.zeros(shape) for shape in shapes) for _ in range(2))
+    units: dict[tuple[int, int], Tensor] = {}
     slots = torch.from_numpy(np.flatnonzero(kv.present[:, 0].any(0).cpu().numpy()))
     for measured in message.measured:
         if not measured.part.blocks:
@@ -36,12 +37,24 @@ def menu_of(kv: KV, message: Message, step: int) -> Menu:
         _, grid = message.scheme.plan(measured, step)
         for block, held, rows in measured.part.row_groups():
             one = _block(message, block, held, grid, rows)
+            units[block.layer, block.which] = one.step[:, 0]
             where = slots[torch.from_numpy(held)]
             for index, token_class in enumerate(classes):
                 lost, cost = one.coded(token_class)
                 error[block.layer][index, block.which][:, where] = lost.sum(-1)
                 bits[block.layer][index, block.which][:, where] = cost.sum(-1)
-    return Menu(classes, *(tuple(x.to(kv.device) for x in each) for each in (error, bits)))
+    found = (tuple(x.to(kv.device) for x in each) for each in (error, bits))
+    return Menu(classes, *found, units=_by_layer(units, kv))
+
+
+def _by_layer(units: dict[tuple[int, int], Tensor], kv: KV) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Of layers without tokens 1."""
+    every = []
+    for layer, shape in enumerate(kv.geometry.layers):
+        dims = ((0, shape.key_dim), (1, shape.value_dim))
+        keys, values = (units.get((layer, which), torch.ones(shape.heads, dim)) for which, dim in dims)
+        every.append((keys.to(kv.device), values.to(kv.device)))
+    return tuple(every)
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,7 @@ class _Steps:
     """The numbers of a block in steps of class 1, and the level of each channel."""
 
     size: Float[Tensor, "heads tokens dim"]
+    step: Float[Tensor, "heads 1 dim"]
     level: Int[Tensor, "heads 1 dim"]
 
     def coded(self, token_class: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +88,7 @@ def _block(message: Message, block: Block, held: np.ndarray, grid: Grid, rows: s
         torch.from_numpy(each[rows].reshape(shape)) for each in (grid.mean, grid.step, grid.level)
     )
     numbers = torch.from_numpy(np.ascontiguousarray(message.arrays(block)[:, held]))
-    return _Steps(((numbers - mean) / step).abs(), level)
+    return _Steps(((numbers - mean) / step).abs(), step, level)
 
 
 @cache

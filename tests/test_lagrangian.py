@@ -1,0 +1,161 @@
+"""Allocation by rate and distortion: never worse than simpler ways at equal bytes, the best where all can be tried."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from contract import cache
+from kvferry.codec import CODECS
+from kvferry.errors import BudgetTooSmall, FolderError, ForeignModel, UsageError
+from kvferry.kv import Plan
+from kvferry.select import SELECTORS
+from kvferry.select.sight import Budget, alone
+from kvferry.select.worth import Worth, WorthSettings
+from kvferry.select.worth_folder import load_worth, save_worth
+from kvferry.session.selecting import encode_sight
+from kvferry.wire import pack
+
+quick = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
+MIXED = CODECS.parse("mixed(schemes=int8_int4_int2, group=4)")
+
+
+def loss(kv, menu, plan) -> float:
+    """What a plan loses by a menu without steps: each layer's keys and values count by their own deviation."""
+    total = 0.0
+    for layer in range(kv.geometry.n_layers):
+        for which, numbers in enumerate(kv.layer(layer)):
+            away = (numbers[0] - numbers[0].mean(1, keepdim=True)).square().sum((0, 2))
+            for slot in range(kv.n_tokens):
+                one = int(plan.classes[layer, which, slot])
+                own = (
+                    away[slot]
+                    if one == 0
+                    else menu.error[layer][menu.classes.index(one), which, :, slot].sum()
+                )
+                total += float(own / away.mean())
+    return total
+
+
+def taken(menu, plan) -> float:
+    """Ideal bits of a plan."""
+    return sum(
+        float(menu.bits[layer][menu.classes.index(int(one)), which, :, slot].sum())
+        for layer, rows in enumerate(plan.classes)
+        for which, row in enumerate(rows)
+        for slot, one in enumerate(row)
+        if one
+    )
+
+
+@quick
+@given(seed=st.integers(0, 10_000), max_bytes=st.integers(10, 60))
+def test_it_is_the_best_of_all_plans_of_its_structure_where_all_can_be_tried(seed, max_bytes):
+    kv = cache(shapes=((1, 4, 4),), n_tokens=3, seed=seed)
+    menu = MIXED.menu(kv)
+
+    def cost(plan):
+        return math.ceil(taken(menu, plan) / 8)
+
+    plan = SELECTORS.parse("lagrangian").plan(alone(kv), Budget(max_bytes, cost, lambda: menu))
+    rivals = []
+    for moves in itertools.product(range(3), repeat=2):
+        for choice in itertools.product(range(4), repeat=3):
+            rows = [[0 if c == 0 else min(c + move, 3) for c in choice] for move in moves]
+            rival = Plan(torch.tensor([rows], dtype=torch.uint8))
+            if rival.classes.any() and cost(rival) <= max_bytes:
+                rivals.append(loss(kv, menu, rival))
+    assert cost(plan) <= max_bytes
+    assert loss(kv, menu, plan) <= min(rivals) * (1 + 1e-5) + 1e-9
+
+
+@quick
+@given(seed=st.integers(0, 10_000), share=st.floats(0.2, 1.0))
+def test_it_is_never_worse_than_one_class_for_all_nor_than_greedy_at_equal_bytes(seed, share):
+    kv = cache(n_tokens=9, seed=seed)
+    sight, menu = alone(kv), MIXED.menu(kv)
+    max_bytes = int(share * MIXED.smallest(kv)) + 40
+    budget = Budget(max_bytes, lambda plan: MIXED.smallest(kv, plan), lambda: menu)
+    plan = SELECTORS.parse("lagrangian").plan(sight, budget)
+    assert len(pack(MIXED.encode(kv, plan, max_bytes))) <= max_bytes
+    rivals = [Plan(torch.full_like(plan.classes, one)) for one in menu.classes]
+    rivals.append(
+        SELECTORS.parse("rd_greedy(candidates=int8_int4, schemes=int8_int4_int2)").plan(sight, budget)
+    )
+    for rival in rivals:
+        if budget.cost(rival) <= max_bytes:
+            assert loss(kv, menu, plan) <= loss(kv, menu, rival) * (1 + 1e-5)
+
+
+@quick
+@given(seed=st.integers(0, 10_000), n_tokens=st.integers(1, 20), max_bytes=st.integers(100, 900))
+def test_a_cap_is_held_or_refused_with_one_that_would_do(seed, n_tokens, max_bytes):
+    sight = alone(cache(n_tokens=n_tokens, seed=seed))
+    selector, codec = SELECTORS.parse("lagrangian"), CODECS.parse("ecsq")
+    cap = max_bytes
+    try:
+        message = encode_sight(codec, selector, sight, cap)
+    except BudgetTooSmall as refusal:
+        cap = refusal.smallest_bytes
+        message = encode_sight(codec, selector, sight, cap)
+    assert len(message) <= cap
+
+
+def test_without_a_cap_everything_is_sent_as_without_a_selector():
+    kv, codec = cache(n_tokens=6), CODECS.parse("ecsq")
+    message = encode_sight(codec, SELECTORS.parse("lagrangian"), alone(kv))
+    assert message.data == pack(codec.encode(kv))
+
+
+def test_a_codec_without_classes_is_refused():
+    with pytest.raises(UsageError, match="no precision classes"):
+        encode_sight(CODECS.parse("int(bits=4)"), SELECTORS.parse("lagrangian"), alone(cache()), 400)
+
+
+def settings_of(kv, **changed) -> WorthSettings:
+    own = {
+        "model": kv.geometry.model,
+        "geometry": kv.geometry.shape_digest(),
+        "tokenizer": kv.geometry.tokenizer,
+    }
+    return WorthSettings(**{**own, **changed}, grid="sender", receiver="me", codec="ecsq")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A worth that wants the last slots: every octave of distance from the end is one of the step."""
+    kv = cache(n_tokens=8)
+    worth = Worth(kv.geometry)
+    with torch.no_grad():
+        worth.inner.weight.zero_()
+        worth.inner.bias.zero_()
+        worth.inner.weight[0, -2] = 1.0
+        worth.outer.weight[0, 0] = 8.0
+    save_worth(worth, settings_of(kv), tmp_path / "worth", "A card.")
+    return tmp_path / "worth"
+
+
+def test_a_worth_decides_what_a_small_message_keeps(folder):
+    kv, codec = cache(n_tokens=8), CODECS.parse("ecsq")
+    plain, valued = SELECTORS.parse("lagrangian"), SELECTORS.parse(f"lagrangian(worth={str(folder)!r})")
+    smallest = codec.smallest(kv) + 20
+    kept = [encode_sight(codec, selector, alone(kv), smallest).frame.n_tokens for selector in (plain, valued)]
+    octaves = load_worth(folder, kv)(kv)[0]
+    assert octaves.argsort().tolist() == list(range(7, -1, -1))
+    assert 1 <= kept[1] < kv.n_tokens
+
+
+def test_a_worth_of_another_sender_is_refused(folder):
+    with pytest.raises(ForeignModel, match="fit-worth"):
+        load_worth(folder, cache(shapes=((1, 2, 2),)))
+
+
+def test_a_corrupt_or_missing_folder_is_refused(folder, tmp_path):
+    (folder / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(FolderError):
+        load_worth(folder, cache())
+    with pytest.raises(FolderError):
+        load_worth(tmp_path / "nowhere", cache())
