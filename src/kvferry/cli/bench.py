@@ -79,6 +79,26 @@ def bench_fuse(
     Console(highlight=False).print(rich_table(fusion_sheet(result)))
 
 
+@bench.command("select")
+def bench_select(
+    tokens: Annotated[int, typer.Option(min=2, help="Of the context.")] = 2048,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Cap of the message.")] = 1 << 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 3,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+) -> None:
+    """How long selecting takes beside a prefill of Qwen2.5-0.5B's size (needs 4 GB of memory)."""
+    from rich.console import Console
+
+    from kvferry.lab.ledger import write_file
+    from kvferry.lab.selection_speed import Settings, run_selection, sheet, written
+    from kvferry.lab.wire.tables import rich_table
+
+    points = run_selection(Settings(tokens, max_bytes, repeats))
+    if json:
+        write_file(json, written(points))
+    Console(highlight=False).print(rich_table(sheet(points)))
+
+
 @bench.command("enrich")
 def bench_enrich(
     sender: Annotated[str, typer.Option(help="Has the skill: folder or zoo name.")] = "gemma3",

@@ -133,15 +133,16 @@ class _Solved:
 
 def _fitted(table: _Table, whole: Plan, budget: Budget) -> Plan:
     """The plan of least loss within the budget, of those with more and with fewer classes."""
-    found = [_within(table.thinned(grain), whole, budget) for grain in _GRAINS]
-    found.append(_one_class(table, whole, budget))
+    bits = float(table.bits[0].sum())
+    start = _Solved(whole, 0.0, bits).overhead(budget, table.stepped)
+    found = [_within(table.thinned(grain), start, budget) for grain in _GRAINS]
+    found.append(_one_class(table, whole, start, budget))
     solved = [one for one in found if one is not None and bool(one.plan.classes.any())]
     return min(solved, key=lambda one: one.lost).plan if solved else _dropped(table, whole, budget)
 
 
-def _within(table: _Table, whole: Plan, budget: Budget) -> _Solved | None:
+def _within(table: _Table, overhead: int, budget: Budget) -> _Solved | None:
     """What sets and headers take is found out by asking; None where it does not come to rest."""
-    overhead = _start(table, whole, budget)
     for _ in range(_SOLVES):
         solved = _solved(table, 8.0 * (budget.max_bytes - overhead))
         needed = solved.overhead(budget, table.stepped)
@@ -151,14 +152,9 @@ def _within(table: _Table, whole: Plan, budget: Budget) -> _Solved | None:
     return None
 
 
-def _start(table: _Table, whole: Plan, budget: Budget) -> int:
-    bits = float(table.bits[0].sum())
-    return _Solved(whole, 0.0, bits).overhead(budget, table.stepped)
-
-
-def _one_class(table: _Table, whole: Plan, budget: Budget) -> _Solved | None:
+def _one_class(table: _Table, whole: Plan, overhead: int, budget: Budget) -> _Solved | None:
     """All slots in one class or dropped: nothing but their number, and the step or the class, is chosen."""
-    max_bits = 8.0 * (budget.max_bytes - _start(table, whole, budget) - _SET_BYTES)
+    max_bits = 8.0 * (budget.max_bytes - overhead - _SET_BYTES)
     lost, bits = (part.sum((1, 2)) for part in (table.lost, table.bits))
     pairs = zip(lost, bits, strict=True)
     kept = torch.stack([_affordable(table.dropped - one, cost, max_bits) for one, cost in pairs])

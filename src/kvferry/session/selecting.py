@@ -21,6 +21,7 @@ from kvferry.models.scores import scores_of
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.models.tokens import join
 from kvferry.select.contract import Selector
+from kvferry.select.graded import Graded
 from kvferry.select.sight import Asked, Budget, Sight
 from kvferry.session.message import Message, message_of
 from kvferry.wire import Frame
@@ -60,8 +61,15 @@ def encode_sight(codec: Codec, selector: Selector, sight: Sight, max_bytes: int 
 
 def frame_of(codec: Codec, selector: Selector, sight: Sight, max_bytes: int | None = None) -> Frame:
     """The frame of that message, not packed yet."""
+    return codec.encode(sight.kv, plan_of(codec, selector, sight, max_bytes), max_bytes)
+
+
+def plan_of(codec: Codec, selector: Selector, sight: Sight, max_bytes: int | None = None) -> Plan:
+    """What a selector would have this codec send."""
+    if isinstance(selector, Graded):
+        selector.require_codec(codec)
     budget = None if max_bytes is None else _budget(codec, sight.kv, max_bytes)
-    return codec.encode(sight.kv, selector.plan(sight, budget), max_bytes)
+    return selector.plan(sight, budget)
 
 
 def _budget(codec: Codec, kv: KV, max_bytes: int) -> Budget:
