@@ -8,6 +8,7 @@ from kvferry import __version__
 from kvferry.cli.aligners import aligners
 from kvferry.cli.ask import ask
 from kvferry.cli.bench import bench
+from kvferry.cli.bench_progressive import bench_progressive, bench_refine
 from kvferry.cli.bytes import count_bytes
 from kvferry.cli.certify import certify
 from kvferry.cli.curve import curve
@@ -46,6 +47,8 @@ app.command()(profile)
 app.command()(curve)
 app.command()(schedule)
 app.command()(aligners)
+bench.command("progressive")(bench_progressive)
+bench.command("refine")(bench_refine)
 app.add_typer(bench, name="bench")
 app.add_typer(zoo, name="zoo")
 

@@ -94,7 +94,7 @@ class FromProfile(Scheme):
         return 0
 
     def _grid(self, part: Part, step: int) -> Grid:
-        channels = np.concatenate([self._channels[block.layer, block.which] for block in part.blocks])
+        channels = np.concatenate([self.channels[block.layer, block.which] for block in part.blocks])
         exponent = step + self.profile.weight[channels].astype(np.int64)
         level = profile_level(self.profile.deviation[channels].astype(np.int64), exponent)
         return Grid(exponent, step_size(exponent), level, self.profile.mean[channels])
@@ -118,7 +118,7 @@ class FromProfile(Scheme):
         return found
 
     @cached_property
-    def _channels(self) -> dict[tuple[int, int], Int64[np.ndarray, " channels"]]:
+    def channels(self) -> dict[tuple[int, int], Int64[np.ndarray, " channels"]]:
         """Where the channels of each layer's keys and values lie in the profile."""
         found, at = {}, 0
         for layer, one in enumerate(self.geometry.layers):
