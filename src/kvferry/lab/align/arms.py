@@ -49,7 +49,7 @@ OTHER_TRAINED = (
     "kv_projector_mlp(sources=all)",
     "elastic(sources=all)",
     "headwise(sources=all)",
-    "map_projection(sources=all)",
+    "map_projection",
 )
 
 
