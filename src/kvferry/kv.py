@@ -294,10 +294,10 @@ class Plan:
 class Evidence:
     """What capture recorded beside K and V, per layer, and only what was asked for."""
 
-    queries_content: tuple[Float[Tensor, "batch queries tokens key_dim"], ...] = ()
-    queries_rotated: tuple[Float[Tensor, "batch queries tokens key_dim"], ...] = ()
-    attention_mass: tuple[Float[Tensor, "batch heads tokens"], ...] = ()
-    hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...] = ()
+    queries_content: tuple[Float[Tensor, "batch _queries tokens _key_dim"], ...] = ()
+    queries_rotated: tuple[Float[Tensor, "batch _queries tokens _key_dim"], ...] = ()
+    attention_mass: tuple[Float[Tensor, "batch _heads tokens"], ...] = ()
+    hidden_states: tuple[Float[Tensor, "batch tokens _hidden"], ...] = ()
 
     def sequence(self, row: int, tokens: Int[Tensor, " kept"]) -> "Evidence":
         """The evidence of one sequence alone, of these of its tokens."""

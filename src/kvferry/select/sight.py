@@ -15,7 +15,7 @@ from kvferry.metrics.attention import Scores
 class Asked:
     """What the sender's own queries were, when it read the question after the context: content space, by layer."""
 
-    queries: tuple[Float[Tensor, "1 queries new dim"], ...]
+    queries: tuple[Float[Tensor, "1 _queries new _dim"], ...]
     positions: Int[Tensor, "1 new"]
     """In the count of `Sight.read`."""
 
