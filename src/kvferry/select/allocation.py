@@ -192,10 +192,10 @@ def _solved(table: _Table, max_bits: float) -> _Solved:
 
 
 def _moves_to_try(table: _Table, moves: Int[Tensor, "layers 2"]) -> list[Int[Tensor, "layers 2"]]:
-    """All there are, if they are few: then the best of the structure is found."""
+    """All there are, if they are few: then the best of the structure is found. Else these, and none at all."""
     n, n_rows = len(table.classes), moves.numel()
     if n**n_rows > _FEW_MOVES:
-        return [moves]
+        return [moves, torch.zeros_like(moves)]
     every = itertools.product(range(n), repeat=n_rows)
     return [torch.tensor(one, device=moves.device).view_as(moves) for one in every]
 
