@@ -22,12 +22,20 @@ def load_worth(where: str | Path, kv: KV) -> Worth:
 
     Raises `FolderError` for a folder that is missing, corrupt or of another kind, `ForeignModel` for another sender's.
     """
-    folder = find_folder(where, NAME)
+    folder = _folder(where)
     with readable(where, NAME):
         changed = tuple((folder / name).stat().st_mtime_ns for name in ("config.json", "model.safetensors"))
         settings, worth = _load(folder, kv.geometry, changed)
     settings.require(kv)
     return worth
+
+
+def _folder(where: str | Path) -> Path:
+    try:
+        return find_folder(where, NAME)
+    except FolderError as error:
+        cure = "Fit one with kvferry fit-worth --out DIR, or give the hub id of one"
+        raise FolderError(error.what, cure=cure) from None
 
 
 @lru_cache(maxsize=4)
