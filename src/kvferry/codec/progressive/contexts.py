@@ -58,7 +58,7 @@ def contexts() -> Contexts:
 
     >>> found = contexts()
     >>> found.alike, found.book.frequency[:2].tolist()
-    (102, [[16383, 1], [16383, 1]])
+    (102, [[16372, 12], [16372, 12]])
     """
     count = (tables().reach - 1) // 3 + 1
     cells = [(table, size) for table in range(N_TABLES) for size in range(count[table])]
