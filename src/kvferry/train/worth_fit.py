@@ -70,7 +70,7 @@ def fit_worth(
         raise UsageError(f"{codec!r} has no precision classes", cure="Fit for ecsq or mixed")
     examples = source.examples("train", recipe.seed)
     measured = route.sent([example.context for example in islice(examples, recipe.n_measured)])
-    channels, worth = Channels.of(measured, codec), Worth(route.sender.geometry).to(measured.device)
+    channels, worth = Channels.of(measured, codec), _fresh(route, recipe.seed).to(measured.device)
     worth.standardise(measured)
     with frozen(route.sender), frozen(route.receiver):
         aligner.requires_grad_(False)
@@ -78,6 +78,13 @@ def fit_worth(
         drawn = Batches(source, "train", recipe.seed + _DRAWN_AFTER, recipe.batch_size)
         Trainer(worth, loss, drawn, recipe.loop, on_step=on_step).run()
     return worth
+
+
+def _fresh(route: Route, seed: int) -> Worth:
+    """Random where it starts at random, by the seed; torch's own generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Worth(route.sender.geometry)
 
 
 @dataclass(frozen=True)
