@@ -121,7 +121,9 @@ def test_the_largest_numbers_come_back_finite_or_are_refused(spec, size):
     try:
         frame = CODECS.parse(spec).encode(kv)
     except (NotFinite, UsageError):
-        assert "fp16" in spec or "float16" in spec or (spec.startswith(("ecsq", "progressive")) and size > 1e25)
+        assert (
+            "fp16" in spec or "float16" in spec or (spec.startswith(("ecsq", "progressive")) and size > 1e25)
+        )
         return
     came = decode(frame, kv.geometry)
     assert bool(torch.isfinite(came.groups[0].keys).all())

@@ -8,7 +8,16 @@ from kvferry.codec import CODECS, roundtrip
 from kvferry.codec.straight_through import straight_through
 from kvferry.kv import KV, Group
 
-SPECS = ("raw", "int(bits=8)", "int(bits=4, axis=channel)", "nf4", "fp8", "mixed", "ecsq(step=-64)", "ecsq(step=0)")
+SPECS = (
+    "raw",
+    "int(bits=8)",
+    "int(bits=4, axis=channel)",
+    "nf4",
+    "fp8",
+    "mixed",
+    "ecsq(step=-64)",
+    "ecsq(step=0)",
+)
 
 
 def leaves(kv: KV) -> KV:

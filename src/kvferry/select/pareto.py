@@ -63,9 +63,7 @@ def best_by_front(
     return choice
 
 
-def _merge(
-    offers: list[Float[Tensor, "3 _"]], room: float, slack: float, max_work: int
-) -> list[int] | None:
+def _merge(offers: list[Float[Tensor, "3 _"]], room: float, slack: float, max_work: int) -> list[int] | None:
     """For each offer (bits, loss, excess by option) which option the best choice takes."""
     least = torch.tensor([float(offer[0].min()) for offer in offers], dtype=torch.float64)
     rest = least.sum() - least.cumsum(0)
