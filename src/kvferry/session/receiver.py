@@ -15,6 +15,7 @@ from kvferry.codec import codec_of, decode
 from kvferry.codec.manifest import agreement_of
 from kvferry.codec.profiles import hold_profiles, profiles_of
 from kvferry.errors import ContractError, ForeignModel, GridMismatch, Malformed, UsageError
+from kvferry.fuse.fill import Fill, with_zeros
 from kvferry.kv import KV, stack
 from kvferry.models.generate import OnText
 from kvferry.models.load import Model, load
@@ -30,17 +31,19 @@ class Receiver:
     """A model that answers from messages, through the aligner of its sender.
 
     Without an aligner it takes messages of its own model only. Every message is checked against the contract: model,
-    tokenizer, grid and codec; anything else is refused, and the receiver goes on.
+    tokenizer, grid and codec; anything else is refused, and the receiver goes on. `fill` says what stands where nothing
+    came: `zeros` are there to be compared with.
     """
 
     def __init__(
         self,
         model: Model | str | Path,
         aligner: Aligner | str | Path | None = None,
+        fill: Fill = "absent",
     ) -> None:
         self.model = model if isinstance(model, Model) else load(str(model))
         self.aligner = self._aligner(aligner).to(self.model.device)
-        self.contract = self.aligner.contract
+        self.contract, self.fill = self.aligner.contract, fill
         own, wanted = self.model.geometry, self.contract.receiver
         if (own.model, own.tokenizer) != (wanted.model, wanted.tokenizer):
             cure = "Load the receiver that the aligner's card names, or fit one for this model"
@@ -135,7 +138,7 @@ class Receiver:
         self.aligner.require_codec(repr(codec_of(frame)))
         kv = decode(frame, self.contract.sender, device=self.model.device)
         kv.require_space("content")
-        return kv
+        return with_zeros(kv) if self.fill == "zeros" else kv
 
     @torch.no_grad()
     def _prefill(self, kv: KV, questions: Sequence[str]) -> tuple[State, torch.Tensor]:
