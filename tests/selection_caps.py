@@ -16,10 +16,13 @@ from kvferry.codec import CODECS, Codec
 from kvferry.errors import BudgetTooSmall
 from kvferry.select import SELECTORS
 from kvferry.select.contract import Selector
-from kvferry.select.sight import Budget, Sight
+from kvferry.select.sight import Sight
+from kvferry.session.selecting import frame_of
 from kvferry.wire import pack
 from sights import OF_LAYERS, OF_TOKENS, drawn
 
+_ALLOCATED = 0.2
+"""Of the draws: classes are chosen too."""
 _CODECS = ["int(bits=8)", "int(bits=4, group=3)", "nf4", "ecsq", "raw(float16)"]
 
 
@@ -36,8 +39,11 @@ class Draw:
         roles = random.integers(0, 3, n_slots).astype(np.uint8)
         roles[0] = 0  # No scope is empty.
         sight = drawn(n_slots, int(random.integers(0, 3)), shapes, self.seed, roles)
-        codec = CODECS.parse(str(random.choice(_CODECS)))
-        return sight, self._selector(random), codec, int(2 ** random.uniform(4, 13))
+        cap = int(2 ** random.uniform(4, 13))
+        if random.random() < _ALLOCATED:
+            codec = CODECS.parse(str(random.choice(["ecsq", "mixed", "mixed(int8_int4)"])))
+            return sight, SELECTORS.parse("lagrangian"), codec, cap
+        return sight, self._selector(random), CODECS.parse(str(random.choice(_CODECS))), cap
 
     def _selector(self, random: np.random.Generator) -> Selector:
         spec = str(random.choice([*OF_TOKENS, *OF_LAYERS, "all", "adaptive(inner=vnorm)"]))
@@ -65,8 +71,7 @@ def check_draw(draw: Draw) -> bool:
 
 
 def _size(sight: Sight, selector: Selector, codec: Codec, cap: int) -> int:
-    plan = selector.plan(sight, Budget(cap, lambda plan: codec.smallest(sight.kv, plan)))
-    return len(pack(codec.encode(sight.kv, plan, cap)))
+    return len(pack(frame_of(codec, selector, sight, cap)))
 
 
 def check_range(seeds: range) -> int:
