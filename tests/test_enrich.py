@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from contract import cache, geometry
-from kvferry.errors import UnknownName, UsageError
+from kvferry.codec import CODECS
+from kvferry.errors import CodecNotCovered, UnknownName, UsageError
 from kvferry.fuse.folder import load_fuser, make_fuser
 from kvferry.kv import KV
 from kvferry.lab.enrich.arms import Marks, Seed, fused_answers
@@ -100,6 +101,22 @@ def test_a_fitted_fuser_is_kept_with_its_card(models, fitted, tmp_path):
         assert torch.equal(answer_loss(again, read).total, answer_loss(fitted.fuser, read).total)
     card = (tmp_path / "f" / "README.md").read_text()
     assert "gemma3 to llama" in card and "Right in 98 %." in card
+
+
+def test_a_fuser_hears_what_the_wire_leaves_and_says_under_which_codecs(models, tmp_path):
+    codecs = ("int(bits=2)", "ecsq(step=64)")
+    recipe = replace(RECIPE, codecs=codecs, loop=LoopRecipe(steps=2, learning_rate=3e-3, warmup=1))
+    fitted = fit_fuser(*models, SOURCE, recipe)
+    fitted.save(tmp_path / "coded")
+    again = load_fuser(tmp_path / "coded")
+    assert again.coded_with == tuple(repr(CODECS.parse(codec)) for codec in codecs)
+    again.require_codec(repr(CODECS.parse("int(bits=2)")))
+    with pytest.raises(CodecNotCovered, match="int"):
+        again.require_codec(repr(CODECS.parse("int(bits=8)")))
+    assert "int(bits=2" in (tmp_path / "coded" / "README.md").read_text()
+    both = Both(*models)
+    clean, coded = both.read(ITEMS).arrived, both.read(ITEMS, CODECS.parse("int(bits=2)")).arrived
+    assert not torch.equal(clean.groups[0].keys, coded.groups[0].keys)
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 32}, {"start": 0}])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from kvferry.errors import ForeignModel, GridMismatch, UsageError
+from kvferry.errors import CodecNotCovered, ForeignModel, GridMismatch, UsageError
 from kvferry.kv import KV, Geometry, KeySpace
 
 Gives = Literal["residual", "cache"]
@@ -23,9 +23,18 @@ class Fuser(nn.Module, ABC):
     space: ClassVar[KeySpace] = "content"
     gives: ClassVar[Gives] = "residual"
 
+    coded_with: tuple[str, ...] = ()
+    """The codecs that it was trained under; empty for one that knows none and takes what comes."""
+
     def __init__(self, sender: Geometry, receiver: Geometry) -> None:
         super().__init__()
         self.sender, self.receiver = sender, receiver
+
+    def require_codec(self, codec: str) -> None:
+        """Raise `CodecNotCovered` for a cache that came in a codec which the fuser never saw."""
+        if self.coded_with and codec not in self.coded_with:
+            cure = f"Code with {' or '.join(self.coded_with)}, or fit a fuser under this one too"
+            raise CodecNotCovered(f"the fuser was not trained under {codec}", cure=cure)
 
     def options(self) -> dict[str, Any]:
         """What the constructor takes beside the geometries, as JSON."""

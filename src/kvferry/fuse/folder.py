@@ -32,7 +32,7 @@ def make_fuser(
 def save_fuser(fuser: Fuser, folder: Path, card: str) -> None:
     """Write the folder beside its place, then move it there."""
     geometries = {"sender": fuser.sender, "receiver": fuser.receiver}
-    config = {"name": fuser.name, "options": fuser.options()}
+    config = {"name": fuser.name, "options": fuser.options(), "coded_with": list(fuser.coded_with)}
     dumped = {side: _GEOMETRY.dump_python(geometry, mode="json") for side, geometry in geometries.items()}
     save_folder(fuser, folder, {**config, **dumped}, card)
 
@@ -44,5 +44,6 @@ def load_fuser(where: str | Path) -> Fuser:
         config = read_config(folder)
         sender, receiver = (_GEOMETRY.validate_python(config[side]) for side in ("sender", "receiver"))
         fuser = make_fuser(config["name"], sender, receiver, config["options"])
+        fuser.coded_with = tuple(str(codec) for codec in config.get("coded_with", []))
         load_weights(fuser, folder)
         return fuser.eval()

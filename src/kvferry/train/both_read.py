@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvferry.align.receiver_grid import on_receiver_grid
+from kvferry.codec import Codec, roundtrip
 from kvferry.errors import UsageError
 from kvferry.fuse.contract import Fuser
 from kvferry.kv import KV
@@ -37,14 +38,18 @@ class Both:
     receiver: Model
     hears: Hears = "prompt"
 
-    def read(self, examples: Sequence[Example]) -> "BothRead":
-        """Let both read; what follows the first scored piece of an example is left out."""
+    def read(self, examples: Sequence[Example], codec: Codec | None = None) -> "BothRead":
+        """Let both read; what follows the first scored piece of an example is left out.
+
+        With a codec the sender's cache arrives coded and decoded.
+        """
         prompts, answers = zip(*map(prompt_and_answer, examples), strict=True)
         prompt, last = all_but_last(self.receiver.contexts(list(prompts)))
         answer = encode(self.receiver.tokenizer, answers)
         after = join(last, answer)
         heard = list(prompts) if self.hears == "prompt" else [example.context for example in examples]
         arrived = on_receiver_grid(capture(self.sender, heard).kv, prompt.spans)
+        arrived = arrived if codec is None else roundtrip(codec, arrived)
         scored = torch.arange(after.ids.shape[1]) >= after.ids.shape[1] - answer.lengths.unsqueeze(-1)
         return BothRead(read_prompt(self.receiver, prompt, after), arrived, last, after, scored)
 

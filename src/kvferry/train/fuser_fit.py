@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kvferry.codec import CODECS, Codec
 from kvferry.errors import UsageError
 from kvferry.fuse.contract import Fuser
 from kvferry.fuse.folder import make_fuser, save_fuser
@@ -37,6 +38,8 @@ class FuserRecipe:
     options: dict[str, Any] = field(default_factory=lambda: {"rank": 32, "width": 256})
     loop: LoopRecipe = field(default_factory=lambda: LoopRecipe(steps=600, learning_rate=3e-3))
     hears: Hears = "prompt"
+    codecs: tuple[str, ...] = ("raw",)
+    """What arrives has come through each of them in turn; `raw` alone is the cache as it is."""
     prompts: int = 3200
     start: int = 256
     batch_size: int = 32
@@ -45,6 +48,12 @@ class FuserRecipe:
         if not (1 <= self.batch_size <= self.prompts and self.start >= 1):
             what = f"{self.prompts} prompts, {self.start} for the start, in batches of {self.batch_size}"
             raise UsageError(what, cure="Give at least one batch, and one prompt for the start")
+        if not self.codecs:
+            raise UsageError("no codec", cure="Name one at least; raw is the cache as it is")
+
+    def codec(self, number: int) -> Codec:
+        """The codec of a batch."""
+        return CODECS.parse(self.codecs[number % len(self.codecs)])
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ class FittedFuser:
         (sender, receiver), recipe = self.models, self.recipe
         return (
             f"# {recipe.fuser}: {sender} to {receiver}\n\n"
-            f"- **heard**: the {recipe.hears}\n- **data**: {self.source}, {recipe.prompts} prompts\n"
+            f"- **heard**: the {recipe.hears}, through {'; '.join(self.fuser.coded_with)}\n"
+            f"- **data**: {self.source}, {recipe.prompts} prompts\n"
             f"- **training**: {self.trained.steps} steps of {recipe.batch_size} at {recipe.loop.learning_rate:g}, "
             f"seed {recipe.loop.seed}, {self.seconds:.0f} s\n"
             f"- **size**: {self.n_parameters:,} parameters, {4e-6 * self.n_parameters:.2f} MB in fp32\n"
@@ -103,8 +113,9 @@ def fit_fuser(
 def _fresh(both: Both, source: Source, recipe: FuserRecipe) -> Fuser:
     torch.manual_seed(recipe.loop.seed)
     fuser = make_fuser(recipe.fuser, both.sender.geometry, both.receiver.geometry, recipe.options)
-    first = both.read(list(islice(source.examples("train", recipe.loop.seed), recipe.start)))
+    first = both.read(list(islice(source.examples("train", recipe.loop.seed), recipe.start)), recipe.codec(0))
     fuser.to(both.receiver.device)
+    fuser.coded_with = tuple(repr(CODECS.parse(codec).agreed()) for codec in recipe.codecs)
     fuser.start(to_space(first.prompted.own, fuser.space), to_space(first.arrived, fuser.space))
     return fuser
 
@@ -113,7 +124,10 @@ def _batches(both: Both, source: Source, recipe: FuserRecipe) -> list[BothRead]:
     """Whole batches of the train split, as both models read them."""
     examples = source.examples("train", recipe.loop.seed)
     n_batches = recipe.prompts // recipe.batch_size
-    return [both.read(list(islice(examples, recipe.batch_size))) for _ in range(n_batches)]
+    return [
+        both.read(list(islice(examples, recipe.batch_size)), recipe.codec(number))
+        for number in range(n_batches)
+    ]
 
 
 def _train(
