@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,15 @@ from kvferry.models.rotary import reset_call_state
 from kvferry.models.scores import scores_of
 from kvferry.rope import NO_ROTATION, RotarySpec
 from kvferry.select import SELECTORS
-from kvferry.select.indexer import MAX_WEIGHTS, Indexer, IndexerShape, LayerIndexer, index_scores, turning
-from kvferry.select.indexer_folder import load_indexer, save_indexer
+from kvferry.select.indexer import (
+    INDEXERS,
+    MAX_WEIGHTS,
+    Indexer,
+    IndexerShape,
+    LayerIndexer,
+    index_scores,
+    turning,
+)
 from kvferry.select.lightning import expected
 from kvferry.select.sight import Sight
 from kvferry.session.selecting import look
@@ -66,7 +73,8 @@ def fitted(model: Model) -> FittedIndexer:
 
 @pytest.fixture
 def folder(tmp_path: Path, fitted: FittedIndexer) -> Path:
-    save_indexer(fitted.indexer, tmp_path / "indexer", "a card\n")
+    config = asdict(fitted.indexer.shape)
+    INDEXERS.save(fitted.indexer, fitted.indexer.geometry, config, tmp_path / "indexer", "a card\n")
     return tmp_path / "indexer"
 
 
@@ -281,7 +289,7 @@ def test_the_mass_held_is_what_a_loop_finds(n_tokens: int, seed: int, proportion
 
 
 def test_a_folder_gives_the_indexer_back(model: Model, folder: Path, fitted: FittedIndexer):
-    came = load_indexer(folder, model.geometry)
+    came = INDEXERS.load(folder, model.geometry)
     for name, tensor in fitted.indexer.state_dict().items():
         assert torch.equal(came.state_dict()[name], tensor)
     assert not any(weight.requires_grad for weight in came.parameters())
@@ -291,7 +299,7 @@ def test_a_folder_gives_the_indexer_back(model: Model, folder: Path, fitted: Fit
 def test_a_foreign_model_is_refused(model: Model, folder: Path, other: str):
     foreign = replace(model.geometry, **{other: "ab" * 32})
     with pytest.raises(ForeignModel, match=f"fitted for {other}"):
-        load_indexer(folder, foreign)
+        INDEXERS.load(folder, foreign)
     read = sight_of(load("qwen3"))
     with pytest.raises(ForeignModel):
         SELECTORS.parse(f"lightning(indexer='{folder}')").plan(read)
@@ -300,13 +308,13 @@ def test_a_foreign_model_is_refused(model: Model, folder: Path, other: str):
 def test_a_foreign_geometry_is_refused(model: Model, folder: Path):
     fewer = replace(model.geometry, layers=model.geometry.layers[:-1])
     with pytest.raises(ForeignModel, match="fitted for geometry"):
-        load_indexer(folder, fewer)
+        INDEXERS.load(folder, fewer)
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"name": "worth"},
+        {"name": "importance"},
         {"heads": 3},
         {"heads": 0},
         {"heads": "8"},
@@ -319,7 +327,7 @@ def test_a_folder_whose_config_is_wrong_is_refused(model: Model, folder: Path, c
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     with pytest.raises(FolderError):
-        load_indexer(folder, model.geometry)
+        INDEXERS.load(folder, model.geometry)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -330,9 +338,9 @@ def test_a_corrupt_folder_is_refused(model: Model, folder: Path, name: str, how:
     if how == "cut":
         (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(FolderError):
-        load_indexer(folder, model.geometry)
+        INDEXERS.load(folder, model.geometry)
     with pytest.raises(FolderError):
-        load_indexer(folder / "nowhere", model.geometry)
+        INDEXERS.load(folder / "nowhere", model.geometry)
 
 
 def test_weights_that_are_no_numbers_are_refused(model: Model, folder: Path):
@@ -340,7 +348,7 @@ def test_weights_that_are_no_numbers_are_refused(model: Model, folder: Path):
     weights["layers.1.keys.weight"][2, 3] = float("nan")
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(FolderError, match="NaN"):
-        load_indexer(folder, model.geometry)
+        INDEXERS.load(folder, model.geometry)
 
 
 def test_hidden_states_that_are_no_numbers_are_refused(model: Model, folder: Path):

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -13,10 +15,9 @@ from kvferry.codec import CODECS
 from kvferry.errors import BudgetTooSmall, FolderError, ForeignModel, UsageError
 from kvferry.kv import Plan
 from kvferry.select import SELECTORS
+from kvferry.select.importance import IMPORTANCES, Importance
 from kvferry.select.sight import Budget, alone
-from kvferry.select.worth import Worth, WorthSettings
-from kvferry.select.worth_folder import load_worth, save_worth
-from kvferry.session.selecting import encode_sight
+from kvferry.session.selecting import encode_sight, plan_of
 from kvferry.wire import pack
 
 quick = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
@@ -115,47 +116,51 @@ def test_a_codec_without_classes_is_refused():
         encode_sight(CODECS.parse("int(bits=4)"), SELECTORS.parse("lagrangian"), alone(cache()), 400)
 
 
-def settings_of(kv, **changed) -> WorthSettings:
-    own = {
-        "model": kv.geometry.model,
-        "geometry": kv.geometry.shape_digest(),
-        "tokenizer": kv.geometry.tokenizer,
-    }
-    return WorthSettings(**{**own, **changed}, grid="sender", receiver="me", codec="ecsq")
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """A worth that wants the last slots: every octave of distance from the end is one of the step."""
+    """One that wants the last slots: every octave of distance from the end is one of the step."""
     kv = cache(n_tokens=8)
-    worth = Worth(kv.geometry)
+    importance = Importance(kv.geometry)
     with torch.no_grad():
-        worth.inner.weight.zero_()
-        worth.inner.bias.zero_()
-        worth.inner.weight[0, -2] = 1.0
-        worth.outer.weight[0, 0] = 8.0
-    save_worth(worth, settings_of(kv), tmp_path / "worth", "A card.")
-    return tmp_path / "worth"
+        importance.inner.weight.zero_()
+        importance.inner.bias.zero_()
+        importance.inner.weight[0, -2] = 1.0
+        importance.outer.weight[0, 0] = 8.0
+    IMPORTANCES.save(importance, kv.geometry, {"grid": "sender"}, tmp_path / "importance", "A card.")
+    return tmp_path / "importance"
 
 
-def test_a_worth_decides_what_a_small_message_keeps(folder):
+def test_an_importance_decides_what_a_small_message_keeps(folder):
     kv, codec = cache(n_tokens=8), CODECS.parse("ecsq")
-    plain, valued = SELECTORS.parse("lagrangian"), SELECTORS.parse(f"lagrangian(worth={str(folder)!r})")
-    smallest = codec.smallest(kv) + 20
-    kept = [encode_sight(codec, selector, alone(kv), smallest).frame.n_tokens for selector in (plain, valued)]
-    octaves = load_worth(folder, kv)(kv)[0]
+    cap = codec.smallest(kv) + 20
+    specs = ("lagrangian", f"lagrangian(importance={str(folder)!r})")
+    plain, valued = (kept_slots(codec, spec, kv, cap) for spec in specs)
+    octaves = IMPORTANCES.load(folder, kv.geometry)(kv)[0]
     assert octaves.argsort().tolist() == list(range(7, -1, -1))
-    assert 1 <= kept[1] < kv.n_tokens
+    assert 1 <= len(valued) < kv.n_tokens
+    assert valued == list(range(kv.n_tokens))[-len(valued) :] != plain
 
 
-def test_a_worth_of_another_sender_is_refused(folder):
-    with pytest.raises(ForeignModel, match="fit-worth"):
-        load_worth(folder, cache(shapes=((1, 2, 2),)))
+def kept_slots(codec, spec, kv, cap) -> list[int]:
+    plan = plan_of(codec, SELECTORS.parse(spec), alone(kv), cap)
+    return plan.classes.flatten(0, 1).any(0).nonzero().flatten().tolist()
+
+
+def test_an_importance_of_another_grid_is_refused(folder):
+    kv = cache(n_tokens=8)
+    spans = tuple(replace(row, overlap=np.zeros(len(row), np.uint8)) for row in kv.spans)
+    with pytest.raises(ForeignModel, match="sender's tokens"):
+        IMPORTANCES.load(folder, kv.geometry)(replace(kv, spans=spans))
+
+
+def test_an_importance_of_another_sender_is_refused(folder):
+    with pytest.raises(ForeignModel, match="fit-importance"):
+        IMPORTANCES.load(folder, cache(shapes=((1, 2, 2),)).geometry)
 
 
 def test_a_corrupt_or_missing_folder_is_refused(folder, tmp_path):
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(FolderError):
-        load_worth(folder, cache())
+        IMPORTANCES.load(folder, cache().geometry)
     with pytest.raises(FolderError):
-        load_worth(tmp_path / "nowhere", cache())
+        IMPORTANCES.load(tmp_path / "nowhere", cache().geometry)

@@ -16,7 +16,7 @@ from kvferry.codec.entropy.tables import TOTAL, tables
 from kvferry.codec.progressive import Progressive, decode_prefix
 from kvferry.codec.progressive.chunk import Place, read_place, read_symbols, write_symbols
 from kvferry.codec.progressive.contexts import contexts, outward
-from kvferry.codec.progressive.order import by_worth, places, refines
+from kvferry.codec.progressive.order import by_gain, places, refines
 from kvferry.codec.progressive.stages import EXPONENTS, LEVELS, layer_of, n_stages, parent
 from kvferry.errors import BadSpec, Malformed, Truncated
 from kvferry.kv import KV, Plan
@@ -315,14 +315,14 @@ def test_chunks_hold_every_stage_of_every_block_once(n_bytes):
     found = places(n_bytes)
     held = sorted((place.stage, block) for place in found for block in place.blocks)
     assert held == [(stage, block) for stage in range(5) for block in range(len(n_bytes))]
-    written = by_worth(found, lambda place: hash(place) % 7)
+    written = by_gain(found, lambda place: hash(place) % 7)
     assert sorted(written) == sorted(found)
     assert all(refines(place, written[:index]) for index, place in enumerate(written))
 
 
 def test_what_is_worth_most_comes_first():
     chunk = [Place(stage, block, 1) for stage in range(2) for block in range(3)]
-    written = by_worth(chunk, lambda place: place.first)
+    written = by_gain(chunk, lambda place: place.first)
     assert written == [*chunk[:3], *chunk[:2:-1]]
 
 

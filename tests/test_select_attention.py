@@ -211,13 +211,13 @@ def test_the_context_of_the_last_queries_is_what_they_read_of_it(name):
         assert harm(sight, layer, 4).item() == pytest.approx(error.mean().item(), rel=1e-3)
 
 
-def test_layers_are_worth_attention_and_depth():
+def test_layers_are_ranked_by_attention_and_depth():
     [sight] = seen_by("llama", random_rows(1, N_TOKENS))
     masses = [context_mass(sight, layer, 4).item() for layer in range(4)]
     shares = [(one - min(masses)) / (max(masses) - min(masses)) for one in masses]
     middle = depth_prior(4, 0.5, 0.2).tolist()
     for alpha, want in ((1.0, shares), (0.0, middle)):
-        got = SELECTORS.parse(f"kvcomm(alpha={alpha}, sigma=0.2, window=4)").worth(sight)
+        got = SELECTORS.parse(f"kvcomm(alpha={alpha}, sigma=0.2, window=4)").importance(sight)
         assert got.tolist() == pytest.approx(want, abs=1e-5)
     assert middle == pytest.approx([middle[3], middle[2], middle[1], middle[0]])
 

@@ -15,8 +15,8 @@ from kvferry.cli.curve import curve
 from kvferry.cli.demo import demo
 from kvferry.cli.export import export
 from kvferry.cli.fit import fit
+from kvferry.cli.fit_importance import fit_importance
 from kvferry.cli.fit_indexer import fit_indexer
-from kvferry.cli.fit_worth import fit_worth
 from kvferry.cli.group import Verbs
 from kvferry.cli.inspect import inspect
 from kvferry.cli.pack import pack_file
@@ -39,7 +39,7 @@ app.command()(inspect)
 app.command("bytes")(count_bytes)
 app.command()(demo)
 app.command()(fit)
-app.command("fit-worth")(fit_worth)
+app.command("fit-importance")(fit_importance)
 app.command("fit-indexer")(fit_indexer)
 app.command()(export)
 app.command()(certify)

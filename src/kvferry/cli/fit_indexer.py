@@ -32,10 +32,10 @@ def fit_indexer(
     json: JsonFlag = False,
 ) -> None:
     """Fit a lightning indexer of a model. Then: --select 'lightning(indexer="DIR")'."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from kvferry.models.load import load, public_name
-    from kvferry.select.indexer_folder import save_indexer
+    from kvferry.select.indexer import INDEXERS
     from kvferry.train.examples import described, source_of
     from kvferry.train.indexer_card import indexer_card
     from kvferry.train.indexer_fit import DEFAULT_LOOP, IndexerRecipe
@@ -49,7 +49,8 @@ def fit_indexer(
     card = indexer_card(
         fitted, public_name(model), described(source), _command(public_name(model), data, recipe)
     )
-    save_indexer(fitted.indexer, out, card)
+    indexer = fitted.indexer
+    INDEXERS.save(indexer, indexer.geometry, asdict(indexer.shape), out, card)
     _show(fitted, out, json)
 
 

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 
-from kvferry.errors import BudgetTooSmall
 from kvferry.kv import Plan
 from kvferry.select.contract import Selector
 from kvferry.select.sight import Budget, Sight
@@ -23,6 +22,6 @@ class All(Selector):
 
     def plan(self, sight: Sight, budget: Budget | None = None) -> Plan:
         plan = Plan(self.eligible(sight).to(torch.uint8).unsqueeze(1).repeat(1, 2, 1))
-        if budget is not None and (needed := budget.cost(plan)) > budget.max_bytes:
-            raise BudgetTooSmall(budget.max_bytes, needed)
+        if budget is not None:
+            budget.require(plan)
         return plan

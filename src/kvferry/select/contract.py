@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvferry.errors import BadSpec, BudgetTooSmall, EmptyContext, NotFinite
+from kvferry.errors import BadSpec, EmptyContext, NotFinite
 from kvferry.kv import Need, Plan, Role
+from kvferry.select.most import most
 from kvferry.select.sight import Budget, Sight
 from kvferry.spec import Method
 
@@ -108,14 +109,8 @@ class TokenSelector(Selector):
     def _within(self, ranks: Tensor, held: Bool[Tensor, "layers slots"], n_kept: int, budget: Budget) -> Plan:
         """The most slots, `n_kept` at most, that the budget has room for."""
         least = min(self.min_tokens, n_kept)
-        if (needed := budget.cost(_first(ranks, held, least))) > budget.max_bytes:
-            raise BudgetTooSmall(budget.max_bytes, needed)
-        low, high = least, n_kept
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = budget.cost(_first(ranks, held, middle)) <= budget.max_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return _first(ranks, held, low)
+        budget.require(_first(ranks, held, least))
+        return _first(ranks, held, most(least, n_kept, lambda n: budget.fits(_first(ranks, held, n))))
 
 
 def _shared(scores: Float[Tensor, "layers slots"], held: Bool[Tensor, "layers slots"]) -> Tensor:

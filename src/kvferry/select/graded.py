@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvferry.errors import BudgetTooSmall, UnknownName, UsageError
+from kvferry.errors import UnknownName, UsageError
 from kvferry.kv import Plan
 from kvferry.select.contract import Selector
 from kvferry.select.sight import Budget
@@ -39,8 +39,7 @@ class Graded(Selector):
         if budget.offer is None:
             cure = f"Use mixed(schemes={self.schemes}), or a selector that only keeps and drops"
             raise UsageError("this codec has no precision classes to choose from", cure=cure)
-        if (needed := budget.cost(plan)) > budget.max_bytes:
-            raise BudgetTooSmall(budget.max_bytes, needed)
+        budget.require(plan)
         return plan
 
 

@@ -7,16 +7,19 @@ kept in FP8; here nothing is narrowed, and the softmax of I is trained to be the
 (`kvferry.train.indexer_fit`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from kvferry.errors import BadSpec, ForeignModel, ShapeMismatch
+from kvferry.errors import BadSpec, ShapeMismatch
 from kvferry.kv import Geometry
 from kvferry.rope import NO_ROTATION, RotarySpec, rotate
+from kvferry.select.bound_folder import BoundFolder
 
 MAX_WEIGHTS = 2**28
 """Of one layer's queries: a folder that announces more is refused before anything is allocated."""
@@ -100,7 +103,7 @@ class LayerIndexer(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The indexers of all layers of one model. Kept as a folder, see `kvferry.select.indexer_folder`."""
+    """The indexers of all layers of one model. Kept as a folder, see `INDEXERS`."""
 
     def __init__(self, geometry: Geometry, shape: IndexerShape) -> None:
         super().__init__()
@@ -118,13 +121,8 @@ class Indexer(nn.Module):
         return self.layers[layer](states, positions, n_last)
 
 
-def require_model(geometry: Geometry, model: str, shape_digest: str, tokenizer: str) -> None:
-    """Raise `ForeignModel` unless these fingerprints are the model's."""
-    own = (geometry.model, geometry.shape_digest(), geometry.tokenizer)
-    fitted = (model, shape_digest, tokenizer)
-    for what, mine, theirs in zip(("model", "geometry", "tokenizer"), own, fitted, strict=True):
-        if mine != theirs:
-            cure = "Fit one for this model: kvferry fit-indexer --model ... --out DIR"
-            raise ForeignModel(
-                f"the indexer was fitted for {what} {theirs[:16]}, this is {mine[:16]}", cure=cure
-            )
+def _built(geometry: Geometry, config: Mapping[str, Any]) -> Indexer:
+    return Indexer(geometry, IndexerShape(config["hidden"], config["heads"], config["dim"]))
+
+
+INDEXERS = BoundFolder("lightning", _built, "kvferry fit-indexer")

@@ -10,16 +10,16 @@ from torch import Tensor
 from kvferry.errors import BadSpec
 from kvferry.kv import Need
 from kvferry.select.attention import looked
-from kvferry.select.layer_contract import WorthLayers
+from kvferry.select.layer_contract import LayersByImportance
 from kvferry.select.probe import context, probe
 from kvferry.select.sight import Sight
 
 
 @dataclass(frozen=True, repr=False)
-class KVComm(WorthLayers):
+class KVComm(LayersByImportance):
     """Keeps the layers of most attention to the context, beside a Gaussian prior over depth (arXiv:2510.03346).
 
-    Worth is alpha * attention + (1 - alpha) * exp(-(depth - mu)² / 2 sigma²), attention brought to [0, 1] over the
+    Importance is alpha * attention + (1 - alpha) * exp(-(depth - mu)² / 2 sigma²), attention brought to [0, 1] over the
     layers, depth from 0 to 1. KVComm measures the receiver's attention on a sample, here the last `window` queries of
     the sender stand in for a question; its sigma of 10 layers is about 0.35 of the depth of its models; it keeps the
     first slot of every layer and all of layer 0, which a receiver with a head of its own does not need.
@@ -41,7 +41,7 @@ class KVComm(WorthLayers):
             what = f"kvcomm(alpha={self.alpha}, sigma={self.sigma}, window={self.window})"
             raise BadSpec(what, cure="alpha is in [0, 1], sigma above 0, window 1 or more")
 
-    def worth(self, sight: Sight) -> Float[Tensor, " layers"]:
+    def importance(self, sight: Sight) -> Float[Tensor, " layers"]:
         masses = [context_mass(sight, layer, self.window) for layer in range(sight.kv.geometry.n_layers)]
         prior = depth_prior(len(masses), self.mu, self.sigma).to(sight.kv.device)
         return self.alpha * _to_unit(torch.stack(masses)) + (1 - self.alpha) * prior

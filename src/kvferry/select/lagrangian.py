@@ -1,4 +1,4 @@
-"""The rate-distortion allocation with a fitted worth, or with none."""
+"""The rate-distortion allocation with a fitted importance, or with none."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvferry.kv import Menu
 from kvferry.select.allocation import Allocation
+from kvferry.select.importance import IMPORTANCES
 from kvferry.select.sight import Sight
-from kvferry.select.worth_folder import load_worth
 
 EVEN = "even"
 
@@ -19,20 +19,20 @@ EVEN = "even"
 class Lagrangian(Allocation):
     """Least measured loss under the cap, jointly over layers, K and V, and slots. See `kvferry.select.allocation`.
 
-    `worth` is the folder of one that was fitted for the sender and its receiver (`kvferry fit-worth`), which says what
-    an error anywhere does to the receiver's answers; `even` counts all errors alike, in the codec's own measure.
+    `importance` is the folder of one that was fitted for the sender and its receiver (`kvferry fit-importance`), which
+    says what an error in a slot does to the receiver's answers; `even` counts all errors alike, in the codec's measure.
 
     >>> Lagrangian()
-    lagrangian(worth=even, scope=all_context)
+    lagrangian(importance=even, scope=all_context)
     """
 
     name: ClassVar[str] = "lagrangian"
-    worth: str = EVEN
+    importance: str = EVEN
 
     def counts(self, sight: Sight, menu: Menu) -> Float[Tensor, "layers 2 slots"]:
         kv = sight.kv
-        if self.worth == EVEN:
+        if self.importance == EVEN:
             return torch.ones(kv.geometry.n_layers, 2, kv.n_tokens, device=kv.device)
         # A uniform step's error grows with its square, so a loss counts by the square of what its step should be.
-        of_slots = 4.0 ** -load_worth(self.worth, kv).to(kv.device)(kv)[0]
+        of_slots = 4.0 ** -IMPORTANCES.load(self.importance, kv.geometry, kv.device)(kv)[0]
         return of_slots.expand(kv.geometry.n_layers, 2, -1)

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvferry.errors import BadSpec, BudgetTooSmall, NotFinite
+from kvferry.errors import BadSpec, NotFinite
 from kvferry.kv import Plan
 from kvferry.select.contract import Selector
+from kvferry.select.most import most
 from kvferry.select.sight import Budget, Sight
 
 
@@ -31,8 +32,8 @@ class LayerSelector(Selector):
 
 
 @dataclass(frozen=True, repr=False)
-class WorthLayers(LayerSelector):
-    """Keeps the `share` of layers, rounded up, of most worth; of equal ones the earlier."""
+class LayersByImportance(LayerSelector):
+    """Keeps the `share` of layers, rounded up, that are most important; of equal ones the earlier."""
 
     share: float = field(default=0.5, kw_only=True)
 
@@ -41,29 +42,23 @@ class WorthLayers(LayerSelector):
             raise BadSpec(f"{self.name}(share={self.share})", cure="share is in (0, 1]")
 
     @abstractmethod
-    def worth(self, sight: Sight) -> Float[Tensor, " layers"]:
+    def importance(self, sight: Sight) -> Float[Tensor, " layers"]:
         """How much each layer is wanted."""
 
     def wanted(self, sight: Sight) -> list[int]:
-        worth = self.worth(sight)
-        if bool(worth.isnan().any()):
-            layer = int(worth.isnan().nonzero()[0])
+        importance = self.importance(sight)
+        if bool(importance.isnan().any()):
+            layer = int(importance.isnan().nonzero()[0])
             raise NotFinite(
-                f"the worth of layer {layer} is NaN", cure="Check the model's dtype: fp16 overflows"
+                f"the importance of layer {layer} is NaN", cure="Check the model's dtype: fp16 overflows"
             )
-        n_kept = ceil(self.share * len(worth) - 1e-9)
-        return worth.sort(descending=True, stable=True).indices[:n_kept].tolist()
+        n_kept = ceil(self.share * len(importance) - 1e-9)
+        return importance.sort(descending=True, stable=True).indices[:n_kept].tolist()
 
 
 def _within(layers: list[int], held: Bool[Tensor, "layers slots"], budget: Budget) -> Plan:
-    if (needed := budget.cost(_of(layers[:1], held))) > budget.max_bytes:
-        raise BudgetTooSmall(budget.max_bytes, needed)
-    low, high = 1, len(layers)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = budget.cost(_of(layers[:middle], held)) <= budget.max_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return _of(layers[:low], held)
+    budget.require(_of(layers[:1], held))
+    return _of(layers[: most(1, len(layers), lambda n: budget.fits(_of(layers[:n], held)))], held)
 
 
 def _of(layers: list[int], held: Bool[Tensor, "layers slots"]) -> Plan:

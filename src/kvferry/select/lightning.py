@@ -12,8 +12,7 @@ from kvferry.kv import Need
 from kvferry.metrics.attention import softmax_seen, visible_slots
 from kvferry.select.attention import on_slots, recorded
 from kvferry.select.contract import TokenSelector
-from kvferry.select.indexer import Indexer
-from kvferry.select.indexer_folder import load_indexer
+from kvferry.select.indexer import INDEXERS, Indexer
 from kvferry.select.sight import Sight
 
 
@@ -42,7 +41,7 @@ class Lightning(TokenSelector):
         if not self.indexer:
             cure = "Fit one: kvferry fit-indexer --model ... --out DIR, then lightning(indexer='DIR')"
             raise UsageError("lightning without an indexer", cure=cure)
-        indexer = load_indexer(self.indexer, sight.read.geometry, sight.read.device)
+        indexer = INDEXERS.load(self.indexer, sight.read.geometry, sight.read.device)
         return on_slots(sight, lambda layer: expected(indexer, sight, layer, self.window))
 
 

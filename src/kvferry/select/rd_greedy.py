@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvferry.errors import BadSpec, BudgetTooSmall
+from kvferry.errors import BadSpec
 from kvferry.kv import Plan
 from kvferry.select.contract import TokenSelector
 from kvferry.select.graded import Graded, in_classes
+from kvferry.select.most import most
 from kvferry.select.sight import Budget, Sight
 from kvferry.select.table import SELECTORS
 
@@ -43,7 +44,7 @@ class RdGreedy(Graded):
         if budget is None:
             return in_classes(held, torch.tensor([[finest]], device=held.device))
         n_slots = int(held.any(0).sum())
-        n_fine = self._most(sight, budget, n_slots)
+        n_fine = most(0, n_slots, lambda n: budget.fits(self._first(sight, n, finest)))
         plan = self._first(sight, n_fine, finest)
         for n_kept in range(n_fine + 1, n_slots + 1):
             longer = self._one_more(sight, plan, n_kept, budget)
@@ -51,24 +52,15 @@ class RdGreedy(Graded):
                 break
             plan = longer
         if not bool(plan.classes.any()):
-            raise BudgetTooSmall(budget.max_bytes, budget.cost(self._first(sight, 1, self._classes()[-1])))
+            budget.require(self._first(sight, 1, self._classes()[-1]))
         return self.within(plan, budget)
-
-    def _most(self, sight: Sight, budget: Budget, n_slots: int) -> int:
-        """How many of the first slots there is room for in the first candidate."""
-        low, high = 0, n_slots
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = budget.cost(self._first(sight, middle, self._classes()[0])) <= budget.max_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
 
     def _one_more(self, sight: Sight, plan: Plan, n_kept: int, budget: Budget) -> Plan | None:
         """The plan and its next slot, in the first candidate that there is room for."""
         for token_class in self._classes():
             more = self._first(sight, n_kept, token_class).classes.masked_fill(plan.classes > 0, 0)
             longer = Plan(plan.classes + more)
-            if budget.cost(longer) <= budget.max_bytes:
+            if budget.fits(longer):
                 return longer
         return None
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from kvferry.errors import BadSpec
 from kvferry.kv import Need
 from kvferry.metrics.attention import attention_outputs, relative_error
-from kvferry.select.layer_contract import WorthLayers
+from kvferry.select.layer_contract import LayersByImportance
 from kvferry.select.probe import context, probe
 from kvferry.select.sight import Sight
 
 
 @dataclass(frozen=True, repr=False)
-class SensitiveLayers(WorthLayers):
+class SensitiveLayers(LayersByImportance):
     """Keeps the layers whose loss does the most harm.
 
     `sensitivity` holds one number for each layer, measured beforehand, on answers say. Without it, it is measured on
@@ -37,7 +37,7 @@ class SensitiveLayers(WorthLayers):
         if self.window < 1:
             raise BadSpec(f"sensitive_layers(window={self.window})", cure="window is 1 or more")
 
-    def worth(self, sight: Sight) -> Float[Tensor, " layers"]:
+    def importance(self, sight: Sight) -> Float[Tensor, " layers"]:
         n_layers = sight.kv.geometry.n_layers
         if not self.sensitivity:
             return torch.stack([harm(sight, layer, self.window) for layer in range(n_layers)])

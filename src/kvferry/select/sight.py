@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvferry.errors import ShapeMismatch, UsageError
-from kvferry.kv import KV, Cost, Evidence, Offer, Readout
+from kvferry.errors import BudgetTooSmall, ShapeMismatch, UsageError
+from kvferry.kv import KV, Cost, Evidence, Offer, Plan, Readout
 from kvferry.metrics.attention import Scores
 
 
@@ -73,3 +73,11 @@ class Budget:
     max_bytes: int
     cost: Cost
     offer: Offer | None = None
+
+    def fits(self, plan: Plan) -> bool:
+        return self.cost(plan) <= self.max_bytes
+
+    def require(self, least: Plan) -> None:
+        """Raise `BudgetTooSmall` unless the least plan that would do fits."""
+        if (needed := self.cost(least)) > self.max_bytes:
+            raise BudgetTooSmall(self.max_bytes, needed)

@@ -17,7 +17,7 @@ from kvferry.codec.entropy.symbols import Rows, cost_bits, split
 from kvferry.codec.progressive.chunk import Place, join, symbol_bits, write_symbols
 from kvferry.codec.progressive.coarse import Coarse
 from kvferry.codec.progressive.ladder import Known, Ladder
-from kvferry.codec.progressive.order import CHUNK_BYTES, by_worth, places
+from kvferry.codec.progressive.order import CHUNK_BYTES, by_gain, places
 from kvferry.codec.progressive.stages import highest_exponent, layer_of, n_stages
 from kvferry.errors import UsageError
 from kvferry.wire import packed_bytes
@@ -102,11 +102,11 @@ class Layered:
         n_bytes = [self._at[b].n_bytes if b in self._at else nothing for b in range(self.n_blocks)]
         found = [place for place in places(n_bytes) if self._within(place)]
 
-        def worth(place: Place) -> float:
-            gain = sum(one.error[place.stage - 1] - one.error[place.stage] for one in self._within(place))
-            return gain / (CHUNK_BYTES + sum(n_bytes[block][place.stage] for block in place.blocks))
+        def gain(place: Place) -> float:
+            saved = sum(one.error[place.stage - 1] - one.error[place.stage] for one in self._within(place))
+            return saved / (CHUNK_BYTES + sum(n_bytes[block][place.stage] for block in place.blocks))
 
-        return by_worth(found, worth)
+        return by_gain(found, gain)
 
     def fits(self, place: Place, lengths: list[int], max_bytes: int) -> bool:
         """Whether a chunk fits a message of segments of these lengths."""

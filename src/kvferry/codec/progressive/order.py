@@ -27,13 +27,13 @@ def places(n_bytes: Sequence[Sequence[float]]) -> list[Place]:
     return found
 
 
-def by_worth(chunks: Sequence[Place], worth: Callable[[Place], float]) -> list[Place]:
-    """The chunks in order of worth, each behind those that it refines."""
+def by_gain(chunks: Sequence[Place], gain: Callable[[Place], float]) -> list[Place]:
+    """The chunks in order of gain, each behind those that it refines."""
     left, written = set(chunks), []
     while left:
         waiting = {(place.stage, block) for place in left for block in place.blocks}
         ready = [place for place in left if all((place.stage - 1, b) not in waiting for b in place.blocks)]
-        best = min(ready, key=lambda place: (-worth(place) if place.stage else -inf, place))
+        best = min(ready, key=lambda place: (-gain(place) if place.stage else -inf, place))
         left.remove(best)
         written.append(best)
     return written

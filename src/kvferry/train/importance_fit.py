@@ -1,4 +1,4 @@
-"""Fit a worth: how coarsely each slot may be sent, for a pair of models, learned from the receiver's answers.
+"""Fit an importance: how coarsely each slot may be sent, for a pair of models, learned from the receiver's answers.
 
 Steps of so many octaves are laid over the cache, noise of such steps is added at a fixed rate, and the receiver goes on
 behind it. At a fixed rate a finer step here is paid for by a coarser one there: what is learned is where bits count.
@@ -18,8 +18,7 @@ from kvferry.codec import CODECS
 from kvferry.codec.offer import Offering
 from kvferry.errors import UsageError
 from kvferry.kv import KV
-from kvferry.select.worth import Worth, WorthSettings
-from kvferry.select.worth_folder import save_worth
+from kvferry.select.importance import IMPORTANCES, Importance
 from kvferry.train.answer_loss import answer_scores, continuations
 from kvferry.train.examples import Batches, Example, Source
 from kvferry.train.fit import frozen
@@ -34,7 +33,7 @@ _DRAWN_AFTER = 1 << 20
 
 
 @dataclass(frozen=True)
-class WorthRecipe:
+class ImportanceRecipe:
     """Rates are drawn between these bits a number, evenly on a logarithmic scale."""
 
     codec: str = "ecsq"
@@ -54,14 +53,14 @@ class WorthRecipe:
             raise UsageError(what, cure="Give at least 1")
 
 
-def fit_worth(
+def fit_importance(
     route: Route,
     aligner: Aligner,
     source: Source,
-    recipe: WorthRecipe,
+    recipe: ImportanceRecipe,
     on_step: Callable[[Step], None] | None = None,
-) -> Worth:
-    """The worth of what a sender holds, for this receiver behind this aligner, both left as they are.
+) -> Importance:
+    """The importance of what a sender holds, for this receiver behind this aligner, both left as they are.
 
     Raises `UsageError` for a codec without a menu, `TrainingDiverged`.
     """
@@ -70,21 +69,21 @@ def fit_worth(
         raise UsageError(f"{codec!r} has no precision classes", cure="Fit for ecsq or mixed")
     examples = source.examples("train", recipe.seed)
     measured = route.sent([example.context for example in islice(examples, recipe.n_measured)])
-    channels, worth = Channels.of(measured, codec), _fresh(route, recipe.seed).to(measured.device)
-    worth.standardise(measured)
+    channels, importance = Channels.of(measured, codec), _fresh(route, recipe.seed).to(measured.device)
+    importance.standardise(measured)
     with frozen(route.sender), frozen(route.receiver):
         aligner.requires_grad_(False)
-        loss = _Behind(route, aligner, channels, worth, recipe)
+        loss = _Behind(route, aligner, channels, importance, recipe)
         drawn = Batches(source, "train", recipe.seed + _DRAWN_AFTER, recipe.batch_size)
-        Trainer(worth, loss, drawn, recipe.loop, on_step=on_step).run()
-    return worth
+        Trainer(importance, loss, drawn, recipe.loop, on_step=on_step).run()
+    return importance
 
 
-def _fresh(route: Route, seed: int) -> Worth:
+def _fresh(route: Route, seed: int) -> Importance:
     """Random where it starts at random, by the seed; torch's own generator is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Worth(route.sender.geometry)
+        return Importance(route.sender.geometry, route.grid)
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class _Behind:
     route: Route
     aligner: Aligner
     channels: Channels
-    worth: Worth
-    recipe: WorthRecipe
+    importance: Importance
+    recipe: ImportanceRecipe
 
     def __call__(self, step: int, rows: Sequence[Example]) -> Loss:
         sent = self.route.sent([row.context for row in rows])
@@ -109,30 +108,25 @@ class _Behind:
         return Loss(scores.nats, scores.n_tokens)
 
     def _octaves(self, sent: KV) -> Float[Tensor, "layers 2 batch tokens"]:
-        return self.worth(sent).expand(sent.geometry.n_layers, 2, -1, -1)
+        return self.importance(sent).expand(sent.geometry.n_layers, 2, -1, -1)
 
 
-def card_of(route: Route, recipe: WorthRecipe, losses: Sequence[float]) -> str:
+def card_of(route: Route, recipe: ImportanceRecipe, losses: Sequence[float]) -> str:
     """What a reader of the folder must know."""
     start, end = (sum(part) / max(len(part), 1) for part in (losses[:20], losses[-20:]))
     return (
-        f"# Worth of {route.sender.name}'s slots to {route.receiver.name}\n\n"
+        f"# Importance of {route.sender.name}'s slots to {route.receiver.name}\n\n"
         f"Fitted under `{recipe.codec}`, {len(losses)} steps of {recipe.batch_size} contexts, rates of "
         f"{recipe.lowest_bits} to {recipe.highest_bits} bits a number, seed {recipe.seed}. Nats per scored token "
         f"behind the noise, mean of the first and of the last steps: {start:.3f} and {end:.3f}.\n\n"
-        f"Use it with `--select \"lagrangian(worth='FOLDER')\"`.\n"
+        f"Use it with `--select \"lagrangian(importance='FOLDER')\"`.\n"
     )
 
 
-def write_worth(worth: Worth, route: Route, recipe: WorthRecipe, folder: Path, card: str) -> None:
-    """The folder of a worth, bound to its sender."""
-    geometry = route.sender.geometry
-    settings = WorthSettings(
-        model=geometry.model,
-        geometry=geometry.shape_digest(),
-        tokenizer=geometry.tokenizer,
-        grid=route.grid,
-        receiver=route.receiver.name,
-        codec=repr(CODECS.parse(recipe.codec).agreed()),
-    )
-    save_worth(worth, settings, folder, card)
+def write_importance(
+    importance: Importance, route: Route, recipe: ImportanceRecipe, folder: Path, card: str
+) -> None:
+    """The folder of an importance, bound to its sender."""
+    codec = repr(CODECS.parse(recipe.codec).agreed())
+    fitted_for = {"grid": route.grid, "receiver": route.receiver.name, "codec": codec}
+    IMPORTANCES.save(importance, route.sender.geometry, fitted_for, folder, card)

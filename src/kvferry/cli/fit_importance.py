@@ -1,4 +1,4 @@
-"""`kvferry fit-worth`: what each slot of a sender's cache is worth to its receiver's answers."""
+"""`kvferry fit-importance`: how much each slot of a sender's cache counts for its receiver's answers."""
 
 import json as json_module
 import time
@@ -10,7 +10,7 @@ import typer
 from kvferry.cli.choices import RECEIVER, SENDER, AlignerOption, JsonFlag, choose_aligner
 
 
-def fit_worth(
+def fit_importance(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     sender: Annotated[str, typer.Option(help="The model that reads: zoo name, folder or hub id.")] = SENDER,
     receiver: Annotated[
@@ -31,30 +31,31 @@ def fit_worth(
     seed: Annotated[int, typer.Option(help="Decides contexts, rates and noise.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Learn which slots count, for --select "lagrangian(worth='DIR')": fewer bytes at equal accuracy."""
+    """Learn which slots count, for --select "lagrangian(importance='DIR')": fewer bytes at equal accuracy."""
     from dataclasses import replace
 
     from kvferry.models.load import load
     from kvferry.session.receiver import Receiver
     from kvferry.train.examples import source_of
+    from kvferry.train.importance_fit import ImportanceRecipe, card_of, write_importance
+    from kvferry.train.importance_fit import fit_importance as fit
     from kvferry.train.route import Route
-    from kvferry.train.worth_fit import WorthRecipe, card_of, fit_worth, write_worth
 
-    plain = WorthRecipe(codec, lowest_bits, highest_bits, batch_size=batch_size, seed=seed)
+    plain = ImportanceRecipe(codec, lowest_bits, highest_bits, batch_size=batch_size, seed=seed)
     recipe = replace(plain, loop=replace(plain.loop, steps=steps, seed=seed))
     reader = load(sender)
     answers = reader if sender == receiver else load(receiver)
     answering = Receiver(answers, choose_aligner(aligner, sender, receiver))
     route, start = Route(reader, answering.model, answering.contract.grid), time.perf_counter()
     losses: list[float] = []
-    worth = fit_worth(
+    importance = fit(
         route,
         answering.aligner,
         source_of(data, reader.prompt),
         recipe,
         lambda step: losses.append(step.loss),
     )
-    write_worth(worth, route, recipe, out, card_of(route, recipe, losses))
+    write_importance(importance, route, recipe, out, card_of(route, recipe, losses))
     seconds = time.perf_counter() - start
     said = {"out": str(out), "steps": len(losses), "seconds": seconds, "losses": losses}
     print(json_module.dumps(said) if json else f"{out}: {len(losses)} steps, {seconds:.0f} s")

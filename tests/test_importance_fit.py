@@ -1,4 +1,4 @@
-"""Noise of a rate, and a worth learned behind it."""
+"""Noise of a rate, and an importance learned behind it."""
 
 import json
 
@@ -12,12 +12,12 @@ from kvferry.cli import app
 from kvferry.codec import CODECS
 from kvferry.errors import UsageError
 from kvferry.models.load import load
-from kvferry.select.worth_folder import load_worth
+from kvferry.select.importance import IMPORTANCES
 from kvferry.train.examples import Worlds
+from kvferry.train.importance_fit import ImportanceRecipe, fit_importance
 from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.rate_noise import Channels
 from kvferry.train.route import Route
-from kvferry.train.worth_fit import WorthRecipe, fit_worth
 
 TEXTS = ["Ann has tea in Oslo. Bob has a ring in Rome.", "Eve has a coin in Lima.", "Tom has silk in Hull."]
 
@@ -61,12 +61,14 @@ def test_the_rate_is_the_one_asked_for_and_stays_so_when_a_slot_asks_for_more(se
     assert float(slope.abs().max()) < 1e-2 * float(wanted.max())
 
 
-def test_a_worth_is_learned_and_the_seed_decides_it(route):
-    recipe = WorthRecipe(n_measured=8, batch_size=4, loop=LoopRecipe(steps=4, learning_rate=3e-3, warmup=1))
+def test_an_importance_is_learned_and_the_seed_decides_it(route):
+    recipe = ImportanceRecipe(
+        n_measured=8, batch_size=4, loop=LoopRecipe(steps=4, learning_rate=3e-3, warmup=1)
+    )
     aligner = Identity(Contract(route.sender.geometry, route.receiver.geometry))
     losses: list[float] = []
-    first = fit_worth(route, aligner, Worlds(), recipe, lambda step: losses.append(step.loss))
-    again = fit_worth(route, aligner, Worlds(), recipe)
+    first = fit_importance(route, aligner, Worlds(), recipe, lambda step: losses.append(step.loss))
+    again = fit_importance(route, aligner, Worlds(), recipe)
     assert len(losses) == 4
     assert bool((first.outer.weight != 0).any())
     assert torch.equal(first.outer.weight, again.outer.weight)
@@ -76,21 +78,31 @@ def test_a_worth_is_learned_and_the_seed_decides_it(route):
 def test_a_codec_without_steps_is_refused(route, codec):
     aligner = Identity(Contract(route.sender.geometry, route.receiver.geometry))
     with pytest.raises(UsageError, match=r"no precision classes|no steps"):
-        fit_worth(route, aligner, Worlds(), WorthRecipe(codec=codec, n_measured=2))
+        fit_importance(route, aligner, Worlds(), ImportanceRecipe(codec=codec, n_measured=2))
 
 
 @pytest.mark.parametrize("options", [{"lowest_bits": 0.0}, {"lowest_bits": 2.0}, {"batch_size": 0}])
 def test_rates_and_sizes_out_of_range_are_refused(options):
     with pytest.raises(UsageError):
-        WorthRecipe(**options)
+        ImportanceRecipe(**options)
 
 
 def test_the_command_writes_a_folder_that_lagrangian_reads(tmp_path, route, sent):
-    out = tmp_path / "worth"
-    command = ["fit-worth", "--sender", "llama", "--receiver", "llama", "--steps", "1", "--batch-size", "2"]
+    out = tmp_path / "importance"
+    command = [
+        "fit-importance",
+        "--sender",
+        "llama",
+        "--receiver",
+        "llama",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+    ]
     result = CliRunner().invoke(app, [*command, "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["steps"] == 1
-    worth = load_worth(out, sent)
-    assert tuple(worth(sent).shape) == (sent.n_batch, sent.n_tokens)
+    importance = IMPORTANCES.load(out, sent.geometry)
+    assert tuple(importance(sent).shape) == (sent.n_batch, sent.n_tokens)
     assert "rates of 0.02 to 0.3 bits" in (out / "README.md").read_text()
