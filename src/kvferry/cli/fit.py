@@ -24,6 +24,10 @@ Codecs = Annotated[
     str | None,
     typer.Option(help="Specs separated by ';' that the map must bear. Default: raw, int8, int4, ecsq."),
 ]
+Selections = Annotated[
+    str | None,
+    typer.Option(help="Selectors separated by ';' that training takes turns in. Default: all."),
+]
 Data = Annotated[
     str | None, typer.Option(help="Text, JSON lines or datasets:NAME[:COLUMN]. Default: the zoo's worlds.")
 ]
@@ -54,6 +58,7 @@ def fit(
     recipe: RecipeOption = None,
     aligner: AlignerSpec = None,
     codecs: Codecs = None,
+    selections: Selections = None,
     data: Data = None,
     grid: GridOption = None,
     steps: Steps = None,
@@ -86,7 +91,7 @@ def fit(
         base,
         loop=replace(base.loop, **_given(steps=steps, learning_rate=learning_rate, seed=seed)),
         data=replace(base.data, **_given(source=data, texts=texts, batch_size=batch_size)),
-        **_given(aligner=aligner, grid=grid, codecs=_specs(codecs)),
+        **_given(aligner=aligner, grid=grid, codecs=_specs(codecs), selections=_specs(selections)),
     )
     models = load(sender), load(receiver)
     names = public_name(sender), public_name(receiver)
@@ -105,18 +110,20 @@ def _given(**options: object) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _specs(codecs: str | None) -> tuple[str, ...] | None:
-    return tuple(part.strip() for part in codecs.split(";")) if codecs else None
+def _specs(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(";")) if text else None
 
 
 def _command(names: tuple[str, str], which: str, recipe: "FitRecipe") -> str:
     """The call that makes the same folder again, but for a recipe's finer points, which the card names."""
     loop, data = recipe.loop, recipe.data
+    selections = "; ".join(recipe.selections)
+    kept = "" if selections == "all" else f" --selections {shlex.quote(selections)}"
     where = data.source if data.source.startswith("datasets:") else Path(data.source).name
     source = "" if where == "worlds" else f" --data {shlex.quote(where)}"
     return (
         f"kvferry fit --sender {names[0]} --receiver {names[1]} {which}"
-        f" --codecs {shlex.quote('; '.join(recipe.codecs))}{source} --steps {loop.steps}"
+        f" --codecs {shlex.quote('; '.join(recipe.codecs))}{kept}{source} --steps {loop.steps}"
         f" --texts {data.texts} --batch-size {data.batch_size} --learning-rate {loop.learning_rate:g}"
         f" --seed {loop.seed} --out DIR"
     )

@@ -1,5 +1,6 @@
 """Slots by lot."""
 
+import zlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from kvferry.select.sight import Sight
 
 @dataclass(frozen=True, repr=False)
 class Random(TokenSelector):
-    """Keeps slots by lot: what every score must beat. One seed draws the same for all sequences of one length.
+    """Keeps slots by lot: what every score must beat. One seed draws the same wherever the tokens lie the same.
 
     >>> Random(seed=3).brief()
     'random(seed=3)'
@@ -24,5 +25,6 @@ class Random(TokenSelector):
 
     def score(self, sight: Sight) -> Float[Tensor, "layers slots"]:
         shape = sight.kv.geometry.n_layers, sight.kv.n_tokens
-        # Drawn on the CPU: the same lot on every device.
-        return torch.rand(shape, generator=torch.Generator().manual_seed(self.seed)).to(sight.kv.device)
+        # From where tokens end in the text, and drawn on the CPU: the same lot on every device.
+        lot = zlib.crc32(sight.kv.spans[0].end.tobytes(), self.seed & 0xFFFFFFFF)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(lot)).to(sight.kv.device)

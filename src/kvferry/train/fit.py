@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from kvferry.errors import ModelRefused
 from kvferry.kv import KV, Roundtrip
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import Model
+from kvferry.select.contract import Selector
 from kvferry.train.closed import fresh, neighbours_of, solve_into, takes_penalty
 from kvferry.train.examples import Batches, Example, Source, Split
 from kvferry.train.loop import Evaluation, Loss, Step, Trained, Trainer
@@ -34,6 +35,7 @@ from kvferry.train.paired import Pairs, collect, token_texts
 from kvferry.train.recipe import FitRecipe
 from kvferry.train.route import Route
 from kvferry.train.scores import Judged, Score, behind, mean_cache, mean_loss, other_contexts, score, through
+from kvferry.train.selection import select
 from kvferry.train.sources.fitting import Fitting
 from kvferry.train.trainable import Trainable, trainable
 
@@ -90,6 +92,10 @@ class Material:
     @property
     def seed(self) -> int:
         return self.recipe.loop.seed
+
+    @cached_property
+    def selectors(self) -> list[Selector]:
+        return self.recipe.selectors()
 
     def take(self, split: Split, n: int) -> list[Example]:
         """The first `n` examples of a split."""
@@ -188,7 +194,7 @@ def _solved(material: Material, like: Aligner, penalty: float) -> Aligner:
 
 
 def train(material: Material, aligner: Aligner, watch: Watch) -> tuple[Aligner, Trained]:
-    """Train from where an aligner stands, through each codec in turn; what is best on dev is kept."""
+    """Train from where an aligner stands, behind selections and codecs in turn; what is best on dev is kept."""
     recipe, route = material.recipe, material.route
     module = trainable(aligner, material.pairs)
     texts = material.take("train", recipe.data.texts)
@@ -238,16 +244,21 @@ def token_table(material: Material) -> Judged:
 def _loss(
     material: Material, module: Trainable, objective: Objective, step: int, rows: Sequence[Example]
 ) -> Loss:
-    codec = material.codecs[step % len(material.codecs)]
-    sent = roundtrip(codec, material.route.sent([row.context for row in rows]))
-    return objective(module(sent), rows, step)
+    turn, codec = divmod(step, len(material.codecs))
+    kept = select(material.selectors[turn % len(material.selectors)], _sent(material, rows))
+    return objective(module(roundtrip(material.codecs[codec], kept)), rows, step)
+
+
+def _sent(material: Material, rows: Sequence[Example]) -> KV:
+    return material.route.sent([row.context for row in rows])
 
 
 def _dev_loss(material: Material, module: Trainable, dev: Sequence[Example]) -> float:
-    """Nats per token, mean over the codecs."""
+    """Nats per token, mean over selections and codecs."""
     objective = Objective(material.route.receiver, {"answer": 1.0}, material.contract.stride)
-    sent = material.route.sent([row.context for row in dev])
-    losses = [objective(module(roundtrip(codec, sent)), dev) for codec in material.codecs]
+    sent = _sent(material, dev)
+    kept = [select(selector, sent) for selector in material.selectors]
+    losses = [objective(module(roundtrip(codec, one)), dev) for codec in material.codecs for one in kept]
     return sum(float(loss.total) / loss.n for loss in losses) / len(losses)
 
 

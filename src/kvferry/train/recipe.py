@@ -17,10 +17,12 @@ from kvferry.align.folder import aligner_class
 from kvferry.codec import CODECS, Codec
 from kvferry.errors import BadSpec, UnknownName, UsageError
 from kvferry.models.prompt import Prompt
+from kvferry.select.contract import Selector
 from kvferry.spec import read_call
 from kvferry.train.examples import Source, source_of
 from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.objective import loss_of
+from kvferry.train.selection import selection_of
 from kvferry.train.strict_yaml import read_strictly
 
 
@@ -31,6 +33,11 @@ def _codec(spec: str) -> str:
 
 def _aligner(spec: str) -> str:
     aligner_call(spec)
+    return spec
+
+
+def _selection(spec: str) -> str:
+    selection_of(spec)
     return spec
 
 
@@ -84,14 +91,21 @@ class FitRecipe:
     )
     """`answer`, `own_text`, and losses of caches by their specs, see `kvferry.train.objective`."""
     loop: LoopRecipe = field(default_factory=LoopRecipe)
+    selections: tuple[Annotated[str, AfterValidator(_selection)], ...] = ("all",)
+    """Selectors that training takes turns in, after each round of the codecs; the closed form is of whole caches."""
 
     def __post_init__(self) -> None:
         """What stands in a file was looked at before, where its line is known; this is for all other makers."""
-        for name, value in (("codecs", self.codecs), ("losses", self.losses)):
+        lists = {"codecs": self.codecs, "selections": self.selections, "losses": self.losses}
+        for name, value in lists.items():
             if not value:
                 raise UsageError(f"{name} is empty, out of range", cure=f"Name at least one of {name}")
         aligner_call(self.aligner)
         self.parsed()
+        self.selectors()
+        if self.selections != ("all",) and not self.loop.steps:
+            cure = "Give loop.steps, or leave selections out: a closed form is of whole caches"
+            raise UsageError(f"selections {'; '.join(self.selections)} with 0 steps", cure=cure)
         for spec, weight in self.losses.items():
             _loss(spec)
             _weight(weight)
@@ -99,6 +113,10 @@ class FitRecipe:
     def parsed(self) -> list[Codec]:
         """The codecs."""
         return [CODECS.parse(spec) for spec in self.codecs]
+
+    def selectors(self) -> list[Selector]:
+        """The selections."""
+        return [selection_of(spec) for spec in self.selections]
 
 
 def load_recipe(path: Path) -> FitRecipe:
