@@ -34,6 +34,7 @@ from kvferry.models.state import empty, read
 from kvferry.models.tokens import encode, join
 from kvferry.session.message import text_message
 from kvferry.session.receiver import Receiver
+from source import ROOT
 
 PLACE = task_of("place:2")
 CAPS = caps_of("64,800,...,6400,full")
@@ -366,6 +367,13 @@ def test_what_would_fail_later_is_refused_first(road: Road):
     stories = Settings(Task("continuation", 0), specs_of(["question | raw"]), CAPS)
     with pytest.raises(UsageError, match="stories ask none"):
         require(road, stories)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "recipes" / "curves").glob("*.txt")), ids=lambda path: path.stem
+)
+def test_shipped_lists_of_specs_can_be_read(path: Path):
+    assert len({spec.family for spec in specs_of([], path)}) >= 3
 
 
 def _shipped() -> Path:
