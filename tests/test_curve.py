@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from kvferry.lab.curve.sheets import sheets
 from kvferry.lab.curve.snippet import bm25, sentences, snippet
 from kvferry.lab.curve.spec import Spec, specs_of
 from kvferry.lab.curve.task import Task, task_of
+from kvferry.lab.point import Point
 from kvferry.models.load import load
 from kvferry.models.state import empty, read
 from kvferry.models.tokens import encode, join
@@ -38,6 +40,7 @@ from source import ROOT
 
 PLACE = task_of("place:2")
 CAPS = caps_of("64,800,...,6400,full")
+HALF = "back(proportion=0.5) | int(bits=8)"
 SPECS = specs_of(["back | int(bits=4)", "front | int(bits=4)", "all | ecsq"])
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine takes minutes for what needs seconds
@@ -222,6 +225,18 @@ def test_use_of_a_cap_by_hand():
     assert replace(refused, smallest_bytes=[None] * 4).error == "CodecNotCovered"
 
 
+def test_what_was_kept_is_told(room: Room):
+    arms = {arm.family: arm for arm in arms_of(specs_of([HALF]), questions=True)}
+    half, text = arms["tokens | int"], arms["text"]
+    outcome = measure(room, half, None)
+    slots = [sight.kv.n_tokens for sight in room.sights]
+    assert outcome.kept == [math.ceil(n / 2) / n for n in slots]
+    assert outcome.selected()["kept_min"] == min(outcome.kept)
+    assert outcome.latency_ms()["encode"] > 0
+    assert measure(room, text, None).selected() == dict.fromkeys(("kept_mean", "kept_min", "kept_max"))
+    assert measure(room, text, None).latency_ms() == {}
+
+
 def test_a_cache_is_marked_as_a_session_answers(room: Room, road: Road):
     """The receiver's own greedy answer from the same bytes is the word that forced choice finds."""
     [arm] = [arm for arm in arms_of(specs_of(["all | int(bits=8)"]), questions=True) if arm.spec]
@@ -295,6 +310,10 @@ def test_draws_resample_seeds_and_blocks():
 # A run
 
 
+def untimed(points: list[Point]) -> list[Point]:
+    return [replace(point, latency_ms={}) for point in points]
+
+
 def test_a_run_that_is_ended_goes_on_and_gives_the_same_points(road: Road, tmp_path: Path):
     settings = Settings(PLACE, SPECS[:2], CAPS[1:4], 8, 2, 2, text_caps=(128, 320))
     whole = run_curve(road, settings, Ledger(None, resume=False))
@@ -314,7 +333,7 @@ def test_a_run_that_is_ended_goes_on_and_gives_the_same_points(road: Road, tmp_p
     n_left = sum(ledger.get(key) is None for key in _keys(path.read_bytes()))
     assert n_left == 0 and path.read_bytes().count(b"\n") == 19
     resumed = run_curve(road, settings, ledger)
-    assert resumed.points == whole.points
+    assert untimed(resumed.points) == untimed(whole.points)
     assert (resumed.crossings, resumed.best, resumed.ratios) == (whole.crossings, whole.best, whole.ratios)
     assert forecast(road, settings, ledger) == []
     assert path.read_bytes().count(b"\n") == len(jobs_of(settings))

@@ -3,6 +3,7 @@
 A message is bytes before it is scored, whatever it holds. What the sender is told first, a question, counts too.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +27,14 @@ class Sent:
     """One item's message, or None where the cap cannot be met or the receiver would refuse.
 
     `request_bytes` is the question that the sender was told first. `smallest_bytes`: the cap that would have done,
-    where one would.
+    where one would. `kept`: the share of the slots that the message holds. `encode_ms`: selection and coding.
     """
 
     message: Message | None
     request_bytes: int = 0
     smallest_bytes: int | None = None
+    kept: float | None = None
+    encode_ms: float | None = None
 
 
 Send = Callable[[Room, int, Cap], Sent]
@@ -92,11 +95,15 @@ def question_text(room: Room, index: int, cap: Cap) -> Sent:
 def cache(spec: Spec, room: Room, index: int, cap: Cap) -> Sent:
     """What the spec makes of the sender's cache."""
     asked = _question_bytes(room, index) if spec.selector.reads_question else 0
+    sight, start = room.sights[index], time.perf_counter()
     try:
-        message = encode_sight(spec.codec, spec.selector, room.sights[index], cap)
+        message = encode_sight(spec.codec, spec.selector, sight, cap)
     except BudgetTooSmall as error:
         return Sent(None, asked, error.smallest_bytes)
-    return Sent(message if room.road.covers(message) else None, asked)
+    encode_ms = 1000 * (time.perf_counter() - start)
+    if not room.road.covers(message):
+        return Sent(None, asked)
+    return Sent(message, asked, kept=message.frame.n_tokens / sight.kv.n_tokens, encode_ms=encode_ms)
 
 
 def arms_of(specs: Sequence[Spec], *, questions: bool) -> list[Arm]:

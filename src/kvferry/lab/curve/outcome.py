@@ -6,7 +6,8 @@ Rule 2: on a curve such an item costs its cap: so many bytes were there, and bou
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean, median
 
 import numpy as np
 
@@ -23,7 +24,10 @@ _AT_CAP = 0.02
 
 @dataclass(frozen=True)
 class Outcome:
-    """Lists run over items. `message_bytes`: None where nothing was sent; `smallest_bytes`: where a cap would have."""
+    """Lists run over items. `message_bytes`: None where nothing was sent; `smallest_bytes`: where a cap would have.
+
+    `kept` and `encode_ms` are of caches alone, and missing from lines of older ledgers.
+    """
 
     score: list[float]
     weight: list[float]
@@ -31,6 +35,8 @@ class Outcome:
     message_bytes: list[int | None]
     request_bytes: list[int]
     smallest_bytes: list[int | None]
+    kept: list[float | None] = field(default_factory=list)
+    encode_ms: list[float | None] = field(default_factory=list)
 
     @property
     def n(self) -> int:
@@ -79,6 +85,18 @@ class Outcome:
         at_cap = float((slack <= max(_AT_CAP * cap, 1)).mean())
         return {"slack_median": float(np.median(slack)), "share_at_cap": at_cap}
 
+    def selected(self) -> dict[str, float | None]:
+        """The share of the slots that messages hold."""
+        shares = [share for share in self.kept if share is not None]
+        if not shares:
+            return dict.fromkeys(("kept_mean", "kept_min", "kept_max"))
+        return {"kept_mean": fmean(shares), "kept_min": min(shares), "kept_max": max(shares)}
+
+    def latency_ms(self) -> dict[str, float]:
+        """Selection and coding, the median over messages."""
+        times = [one for one in self.encode_ms if one is not None]
+        return {"encode": median(times)} if times else {}
+
 
 def measure(room: Room, arm: Arm, cap: Cap) -> Outcome:
     """Send and mark all items of a room."""
@@ -92,6 +110,8 @@ def measure(room: Room, arm: Arm, cap: Cap) -> Outcome:
         message_bytes=[None if one.message is None else len(one.message) for one in sent],
         request_bytes=[one.request_bytes for one in sent],
         smallest_bytes=[one.smallest_bytes for one in sent],
+        kept=[one.kept for one in sent],
+        encode_ms=[one.encode_ms for one in sent],
     )
 
 

@@ -55,6 +55,7 @@ _COLUMNS = (
     "nll_high",
 )
 _USE = ("slack_median", "share_at_cap", "share_unmet")
+_SELECTED = ("kept_mean", "kept_min", "kept_max")
 _BYTES = ("message", "request", "link")
 
 
@@ -100,7 +101,7 @@ def as_csv(result: CurveResult) -> bytes:
     """A row for each point."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*_COLUMNS, *_USE, *_BYTES, "error", "smallest_cap"])
+    table.writerow([*_COLUMNS, *_USE, *_SELECTED, "encode_ms", *_BYTES, "error", "smallest_cap"])
     table.writerows(_row(point, result.metric) for point in result.points)
     return text.getvalue().encode()
 
@@ -110,9 +111,11 @@ def _row(point: Point, metric: str) -> list[object]:
     quality = [metrics[metric], *(point.ci95[metric] or nothing)]
     nll = [metrics["nll"], *(point.ci95["nll"] or nothing)]
     first = [point.arm, said(point, "family"), said(point, "cap"), point.split, point.seed, point.n]
+    # Points of older ledgers do not know what was kept.
+    use = [metrics.get(name) for name in (*_USE, *_SELECTED)] + [point.latency_ms.get("encode")]
     sizes = [point.n_bytes.get(name) for name in _BYTES]
     last = [said(point, "error"), said(point, "smallest_cap")]
-    return [*first, *quality, *nll, *(metrics[name] for name in _USE), *sizes, *last]
+    return [*first, *quality, *nll, *use, *sizes, *last]
 
 
 def _best(
