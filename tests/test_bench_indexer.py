@@ -1,6 +1,7 @@
 """`kvferry bench indexer`: one point for each scorer and proportion, and the table made of them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from kvferry.lab.indexer_bench import (
     indexer_settings_of,
     indexer_sheet,
     run_indexers,
-    written,
 )
+from kvferry.lab.ledger import save_points
 from kvferry.lab.point import Point
 from kvferry.models.load import load
 from kvferry.models.scores import scores_of
@@ -57,14 +58,16 @@ def test_the_worst_layer_is_the_least_of_all(points: list[Point]):
         assert point.metrics["share_median_layer"] == pytest.approx(sum(sorted(layers)[1:3]) / 2)
 
 
-def test_the_table_has_a_row_for_each_proportion(points: list[Point]):
+def test_the_table_has_a_row_for_each_proportion(points: list[Point], tmp_path: Path):
     sheet = indexer_sheet(points)
     assert [row[:2] for row in sheet.cells] == [("llama", "10%"), ("llama", "25%")]
     assert {name.replace(" ", "_") for name in sheet.columns[2:-1]} == ARMS
     lightning = next(point for point in points if point.arm == "lightning")
     assert f"{lightning.metrics['share_worst_layer']:.3f}" in sheet.cells[0][2]
     assert f"{lightning.metrics['share_worst_layer']:.3f}" in indexer_line(lightning)
-    assert [row["arm"] for row in json.loads(written(points))] == [point.arm for point in points]
+    save_points(points, tmp_path / "points.json")
+    rows = json.loads((tmp_path / "points.json").read_bytes())
+    assert [row["arm"] for row in rows] == [point.arm for point in points]
 
 
 def test_a_score_of_keys_alone_sees_no_query():

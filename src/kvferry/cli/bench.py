@@ -5,11 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.points import PageFile, PointsFile, show_points
+
 if TYPE_CHECKING:
     from kvferry.lab.wire.bench import Settings, WireResult
 
 _WIDE = 200
 """Columns of a table of many numbers, where the terminal is narrower."""
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder or zoo name; may be repeated. Default: the shared folder's models and the zoo."
+    ),
+]
 
 bench = typer.Typer(no_args_is_help=True, help="Measure ours and others side by side, in one process.")
 
@@ -21,12 +29,7 @@ def benches() -> None:
 
 @bench.command("wire")
 def bench_wire(
-    models: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder or zoo name; may be repeated. Default: the shared folder's models and the zoo."
-        ),
-    ] = None,
+    models: ModelsOption = None,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Length of a cache; may be repeated.")
     ] = None,
@@ -84,19 +87,13 @@ def bench_select(
     tokens: Annotated[int, typer.Option(min=2, help="Of the context.")] = 2048,
     max_bytes: Annotated[int, typer.Option(min=1, help="Cap of the message.")] = 1 << 20,
     repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 3,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+    json: PointsFile = None,
 ) -> None:
     """How long selecting takes beside a prefill of Qwen2.5-0.5B's size (needs 4 GB of memory)."""
-    from rich.console import Console
-
-    from kvferry.lab.ledger import write_file
-    from kvferry.lab.selection_speed import Settings, run_selection, sheet, written
-    from kvferry.lab.wire.tables import rich_table
+    from kvferry.lab.selection_speed import Settings, run_selection, sheet
 
     points = run_selection(Settings(tokens, max_bytes, repeats))
-    if json:
-        write_file(json, written(points))
-    Console(highlight=False).print(rich_table(sheet(points)))
+    show_points(points, [sheet(points)], json)
 
 
 @bench.command("enrich")
@@ -111,7 +108,7 @@ def bench_enrich(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with items of its own.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 600,
     prompts: Annotated[int, typer.Option(min=32, help="That are read for each training.")] = 3200,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+    json: PointsFile = None,
 ) -> None:
     """Whether a sender's cache helps a receiver that has read the same, and what else would explain it."""
     from rich.console import Console
@@ -127,7 +124,8 @@ def bench_enrich(
     if json:
         save_enrich(result, json)
     out = Console(highlight=False)
-    out.print(rich_table(enrich_sheet(result)), width=max(out.width, _WIDE))
+    out.width = max(out.width, _WIDE)
+    out.print(rich_table(enrich_sheet(result)))
     for line in result.verdict:
         out.print(line, soft_wrap=True)
 
@@ -147,17 +145,15 @@ def bench_pairs(
     hub: Annotated[
         bool, typer.Option("--hub", help="Instead: three found a hub, gemma3 joins; all pairs of the two.")
     ] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
-    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")] = None,
+    json: PointsFile = None,
+    page: PageFile = None,
 ) -> None:
     """Every ordered pair of the zoo through a map of a megabyte, fitted in two minutes; with controls."""
     from rich.console import Console
 
     from kvferry.errors import UsageError
     from kvferry.lab.hub_bench import hub_settings_of, hub_sheet, run_hub
-    from kvferry.lab.ledger import write_file
-    from kvferry.lab.pairs import line, run_pairs, settings_of, sheet, written
-    from kvferry.lab.wire.tables import markdown, rich_table
+    from kvferry.lab.pairs import line, run_pairs, settings_of, sheet
 
     if hub and pairs:
         raise UsageError("--pairs with --hub", cure="Leave it out: a hub has pairs of its own")
@@ -168,11 +164,7 @@ def bench_pairs(
         settings = settings_of(_parts(pairs, ","), items, steps, texts, max_mb, seed)
         points = run_pairs(settings, lambda point: console.print(line(point)))
     table = hub_sheet(points) if hub else sheet(points)
-    if json:
-        write_file(json, written(points))
-    if page:
-        write_file(page, markdown(table).encode() + b"\n")
-    Console(highlight=False, width=_WIDE).print(rich_table(table))
+    show_points(points, [table], json, page, _WIDE)
 
 
 @bench.command("align")
@@ -188,7 +180,7 @@ def bench_align(
         bool, typer.Option("--every-projector", help="Train each kind of projector, not the best alone.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Decides which passages are drawn.")] = 0,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
+    json: PointsFile = None,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.")] = None,
 ) -> None:
     """How a receiver goes on behind every map: nats per character on stories, with controls."""
@@ -196,37 +188,24 @@ def bench_align(
 
     from kvferry.lab.align.arms import Settings
     from kvferry.lab.align.bench import PAIRS, pair_named, run_bench
-    from kvferry.lab.align.sheets import line, sheets, written
-    from kvferry.lab.ledger import write_file
-    from kvferry.lab.wire.tables import markdown, rich_table
+    from kvferry.lab.align.sheets import line, sheets
 
     named = tuple(map(pair_named, _parts(pairs, ",") or ())) or PAIRS
     settings = Settings(passages, texts, steps, seed, every_projector)
     console = Console(stderr=True, highlight=False)
     points = run_bench(named, settings, lambda point: console.print(line(point)))
-    if json:
-        write_file(json, written(points))
-    if page:
-        write_file(page, "\n\n".join(map(markdown, sheets(points))).encode() + b"\n")
-    out = Console(highlight=False)
-    for sheet in sheets(points):
-        out.print(rich_table(sheet), width=max(out.width, _WIDE))
+    show_points(points, sheets(points), json, page, _WIDE)
 
 
 @bench.command("indexer")
 def bench_indexer(
-    models: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder or zoo name; may be repeated. Default: the shared folder's models and the zoo."
-        ),
-    ] = None,
+    models: ModelsOption = None,
     heads: Annotated[int, typer.Option(min=1, help="Indexer heads.")] = 8,
     dim: Annotated[int, typer.Option(min=1, help="Channels of each.")] = 64,
     steps: Annotated[int, typer.Option(min=0, help="Of training.")] = 400,
     seed: Annotated[int, typer.Option(help="Decides which texts are drawn.")] = 0,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")] = None,
-    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")] = None,
+    json: PointsFile = None,
+    page: PageFile = None,
 ) -> None:
     """How much attention the slots of a fitted lightning indexer hold, beside scores that see no query."""
     from rich.console import Console
@@ -236,19 +215,12 @@ def bench_indexer(
         indexer_settings_of,
         indexer_sheet,
         run_indexers,
-        written,
     )
-    from kvferry.lab.ledger import write_file
-    from kvferry.lab.wire.tables import markdown, rich_table
 
     console = Console(stderr=True, highlight=False)
     settings = indexer_settings_of(models, heads, dim, steps, seed)
     points = run_indexers(settings, lambda point: console.print(indexer_line(point), soft_wrap=True))
-    if json:
-        write_file(json, written(points))
-    if page:
-        write_file(page, markdown(indexer_sheet(points)).encode() + b"\n")
-    Console(highlight=False, width=_WIDE).print(rich_table(indexer_sheet(points)))
+    show_points(points, [indexer_sheet(points)], json, page, _WIDE)
 
 
 def _parts(text: str | None, separator: str) -> tuple[str, ...] | None:

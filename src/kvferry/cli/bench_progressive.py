@@ -1,18 +1,15 @@
 """`kvferry bench progressive` and `kvferry bench refine`: messages that can stop anywhere, and going on with them."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.points import PageFile, PointsFile, show_points
+
 if TYPE_CHECKING:
     from kvferry.lab.point import Point
-    from kvferry.lab.wire.sheets import Sheet
 
 _WIDE = 110
-Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")]
-Page = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")]
 
 
 def bench_progressive(
@@ -21,15 +18,15 @@ def bench_progressive(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of each context.")] = 96,
     messages: Annotated[int, typer.Option(min=1, help="Of each model.")] = 8,
-    json: Json = None,
-    page: Page = None,
+    json: PointsFile = None,
+    page: PageFile = None,
 ) -> None:
     """What a message that can stop anywhere costs, against one that was made for its length."""
-    from kvferry.lab.progressive_bench import Settings, run_progressive, sheet, written
+    from kvferry.lab.progressive_bench import Settings, run_progressive, sheet
 
     settings = Settings(tuple(models) if models else Settings().models, tokens, messages)
     points = run_progressive(settings, _said)
-    _show(points, sheet, written, json, page)
+    show_points(points, [sheet(points)], json, page, _WIDE)
 
 
 def bench_refine(
@@ -40,15 +37,15 @@ def bench_refine(
     first_bytes: Annotated[int, typer.Option(min=1, help="Of the first part.")] = 2500,
     more_bytes: Annotated[int, typer.Option(min=1, help="Of each part that is asked for.")] = 1750,
     seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
-    json: Json = None,
-    page: Page = None,
+    json: PointsFile = None,
+    page: PageFile = None,
 ) -> None:
     """Whether sending a part first, and more where the answer is a close call, saves bytes."""
-    from kvferry.lab.refine_bench import Settings, run_refine, sheet, written
+    from kvferry.lab.refine_bench import Settings, run_refine, sheet
 
     settings = Settings(model, codec, items, dev, first_bytes, more_bytes, seed=seed)
     points = run_refine(settings, _said)
-    _show(points, sheet, written, json, page)
+    show_points(points, [sheet(points)], json, page, _WIDE)
 
 
 def _said(point: "Point") -> None:
@@ -56,23 +53,3 @@ def _said(point: "Point") -> None:
 
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in point.metrics.items() if value is not None)
     Console(stderr=True, highlight=False).print(f"{point.sender}, {point.arm}: {numbers}")
-
-
-def _show(
-    points: "Sequence[Point]",
-    sheet: "Callable[[Sequence[Point]], Sheet]",
-    written: "Callable[[Sequence[Point]], bytes]",
-    json: Path | None,
-    page: Path | None,
-) -> None:
-    from rich.console import Console
-
-    from kvferry.lab.ledger import write_file
-    from kvferry.lab.wire.tables import markdown, rich_table
-
-    if json:
-        write_file(json, written(points))
-    if page:
-        write_file(page, markdown(sheet(points)).encode() + b"\n")
-    out = Console(highlight=False)
-    out.print(rich_table(sheet(points)), width=max(out.width, _WIDE))

@@ -17,7 +17,7 @@ from kvferry.lab.compare import Test, compare
 from kvferry.lab.items import Batch, Worlds, chance
 from kvferry.lab.latency import Times, stage_times
 from kvferry.lab.peer import Peer, receiver_process
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.run import Outcome, Score, run_alone, run_arm
 from kvferry.metrics.paired import binomial_test
 from kvferry.models.load import public_name
@@ -125,9 +125,6 @@ def _point(demo: Demo, arm: str, recipe: str, outcome: Outcome, score: Score, ti
         ci95=score.ci95(),
         n_bytes={"message": outcome.message_bytes, "link": outcome.link_bytes},
         latency_ms=times,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 

@@ -28,7 +28,7 @@ from kvferry.fuse.gated_residual import GatedResidual
 from kvferry.fuse.residual import enriched
 from kvferry.kv import KV, Geometry, Group, KeySpace, LayerGeometry, Role
 from kvferry.lab.ledger import write_file
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.models.tokens import plain_spans
 from kvferry.rope import RotarySpec
@@ -205,12 +205,7 @@ def _point(settings: Settings, arm: str, fuser: Fuser, device: str, time_ms: flo
             "mb_float32": mb,
             "mb_bfloat16": mb / 2,
         },
-        ci95={},
-        n_bytes={},
         latency_ms={"fuse": time_ms},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 

@@ -11,7 +11,7 @@ from kvferry.lab.hub_fit import CODED_WITH, HubRecipe, both_ways, founded, join,
 from kvferry.lab.items import Worlds, right
 from kvferry.lab.pairs import relayed
 from kvferry.lab.pairs_fit import route_of
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.metrics.paired import wilson
 from kvferry.models.load import Model, load
@@ -106,9 +106,4 @@ def _point(
             "fit_cpu_seconds": cpu_seconds,
         },
         ci95={"accuracy": wilson(n_right, settings.n_items)},
-        n_bytes={},
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )

@@ -7,12 +7,11 @@ from time import process_time
 
 import torch
 from jaxtyping import Float
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from kvferry.kv import Geometry
 from kvferry.lab.align.passages import pair_of
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.lab.wire.texts import shared_models
 from kvferry.models.load import Model, load, public_name
@@ -114,12 +113,6 @@ def _point(held: Held, model: Model, task: str, recipe: IndexerRecipe, seconds: 
         n=recipe.n_test,
         seed=recipe.loop.seed,
         metrics=metrics,
-        ci95={},
-        n_bytes={},
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 
@@ -146,11 +139,6 @@ def indexer_sheet(points: Sequence[Point]) -> Sheet:
     )
     title = f"Attention held, {points[0].n} texts of a model"
     return Sheet(title, ("", "slots", *(arm.replace("_", " ") for arm in arms), "windows"), cells, _LEGEND)
-
-
-def written(points: Sequence[Point]) -> bytes:
-    """All points as JSON."""
-    return TypeAdapter(list[Point]).dump_json(list(points), indent=1) + b"\n"
 
 
 def _proportion(point: Point) -> str:

@@ -1,5 +1,6 @@
 """Results on disk: written beside, then renamed, so that nobody reads half of one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -7,8 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 from kvferry.errors import FolderError, UsageError
 from kvferry.files import CURE, write_whole
 from kvferry.lab.demo import DemoResult
+from kvferry.lab.point import Point
 
 _RESULT = TypeAdapter(DemoResult)
+_POINTS = TypeAdapter(Sequence[Point])
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -18,6 +21,11 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         raise UsageError(f"cannot make {path.parent}: {error.strerror}", cure=CURE) from None
     write_whole(path, data, UsageError)
+
+
+def save_points(points: Sequence[Point], path: Path) -> None:
+    """As JSON."""
+    write_file(path, _POINTS.dump_json(points, indent=1) + b"\n")
 
 
 def save_result(result: DemoResult, path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from kvferry.align.contract import Aligner
 from kvferry.align.mean_only import MeanOnly
@@ -18,7 +17,7 @@ from kvferry.errors import UsageError
 from kvferry.lab.arms import INT8, RAW
 from kvferry.lab.items import Batch, Worlds, right, swapped
 from kvferry.lab.pairs_fit import Fitted, PairRecipe, Places, fit_pair, route_of
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.metrics.paired import wilson
 from kvferry.models.load import Model, load
@@ -145,11 +144,6 @@ def _point(arm: str, route: Route, fitted: Fitted, n_right: int, settings: Setti
             "fit_cpu_seconds": fitted.cpu_seconds,
         },
         ci95={"accuracy": wilson(n_right, settings.n_items)},
-        n_bytes={},
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 
@@ -168,11 +162,6 @@ def pair_named(text: str) -> tuple[str, str]:
 def line(point: Point) -> str:
     """One point while the bench runs."""
     return f"{point.sender} to {point.receiver}: {point.arm} {point.accuracy:.3f}"
-
-
-def written(points: Sequence[Point]) -> bytes:
-    """All points as JSON."""
-    return TypeAdapter(list[Point]).dump_json(list(points), indent=1) + b"\n"
 
 
 def sheet(points: Sequence[Point]) -> Sheet:

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,37 +12,6 @@ from kvferry import __version__
 from kvferry.metrics.paired import Interval
 
 _DEPENDENCIES = ("torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True)
-class Point:
-    """How one arm did; on the bench, how one setting of a codec did.
-
-    `recipe`: what is sent, in one line; on the bench `codec, spec, model, tokens`.
-    `metrics`: accuracy, and follows_payload, the share of answers that are right for the text that the message was made
-    of (None where a message is made of no text); `ci95` holds their Wilson intervals. `n_bytes`: mean bytes per item,
-    of the message alone and of all that passed the link. `latency_ms`: medians of single items, by stage.
-    """
-
-    arm: str
-    recipe: str | dict[str, str | int]
-    sender: str
-    receiver: str
-    task: str
-    split: str
-    n: int
-    seed: int
-    metrics: dict[str, float | None]
-    ci95: dict[str, Interval | None]
-    n_bytes: dict[str, float]
-    latency_ms: dict[str, float]
-    machine: dict[str, str | int]
-    versions: dict[str, str]
-    commit: str
-
-    @property
-    def accuracy(self) -> float:
-        return self.metrics["accuracy"] or 0.0
 
 
 @cache
@@ -70,6 +39,38 @@ def commit() -> str:
     if not head or not (Path(root or "/") / "src" / "kvferry").is_dir():
         return "unknown"
     return f"{head}+" if changes else head
+
+
+@dataclass(frozen=True)
+class Point:
+    """How one arm did; on the bench, how one setting of a codec did.
+
+    `recipe`: what is sent, in one line; on the bench `codec, spec, model, tokens`.
+    `metrics`: accuracy, and follows_payload, the share of answers that are right for the text that the message was made
+    of (None where a message is made of no text); `ci95` holds their Wilson intervals. `n_bytes`: mean bytes per item,
+    of the message alone and of all that passed the link. `latency_ms`: medians of single items, by stage.
+    A point is measured where it is made, so nobody says machine, versions and commit.
+    """
+
+    arm: str
+    recipe: str | dict[str, str | int]
+    sender: str
+    receiver: str
+    task: str
+    split: str
+    n: int
+    seed: int
+    metrics: dict[str, float | None]
+    ci95: dict[str, Interval | None] = field(default_factory=dict)
+    n_bytes: dict[str, float] = field(default_factory=dict)
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, str | int] = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=versions)
+    commit: str = field(default_factory=commit)
+
+    @property
+    def accuracy(self) -> float:
+        return self.metrics["accuracy"] or 0.0
 
 
 def _git(*words: str) -> str | None:

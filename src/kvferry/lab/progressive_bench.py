@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from kvferry.codec import decode
 from kvferry.codec.ecsq import Ecsq
@@ -19,7 +18,7 @@ from kvferry.codec.progressive import Progressive
 from kvferry.errors import UsageError
 from kvferry.kv import stack
 from kvferry.lab.felt import felt_error
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.quality import attention_error
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.lab.wire.subject import Subject, make_subject
@@ -180,18 +179,8 @@ def _point(
         n=subject.n_messages,
         seed=0,
         metrics=metrics,
-        ci95={},
         n_bytes={"least": min(sizes, default=0.0), "most": max(sizes, default=0.0)},
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
-
-
-def written(points: Sequence[Point]) -> bytes:
-    """All points as JSON."""
-    return TypeAdapter(list[Point]).dump_json(list(points), indent=1) + b"\n"
 
 
 def sheet(points: Sequence[Point]) -> Sheet:

@@ -12,11 +12,10 @@ from math import inf
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from pydantic import TypeAdapter
 
 from kvferry.codec import CODECS
 from kvferry.lab.items import Batch, Worlds, right
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.metrics.paired import paired, wilson
 from kvferry.models.load import load
@@ -212,16 +211,7 @@ def _point(arm: str, outcome: Outcome, everything: Outcome, settings: Settings) 
             "bytes_less_everything": saved.ci95,
         },
         n_bytes={"link": float(n_bytes.mean())},
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
-
-
-def written(points: Sequence[Point]) -> bytes:
-    """All points as JSON."""
-    return TypeAdapter(list[Point]).dump_json(list(points), indent=1) + b"\n"
 
 
 def sheet(points: Sequence[Point]) -> Sheet:

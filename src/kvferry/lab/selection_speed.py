@@ -11,11 +11,10 @@ from statistics import median
 from typing import TypeVar, cast
 
 import torch
-from pydantic import TypeAdapter
 
 from kvferry.codec import CODECS
 from kvferry.kv import Role
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.models.capture import capture
 from kvferry.models.load import Model
@@ -100,12 +99,8 @@ def _point(spec: str, selector: Selector, settings: Settings, latency_ms: dict[s
         n=settings.repeats,
         seed=0,
         metrics={"share_of_prefill": latency_ms["select_ms"] / latency_ms["prefill_ms"]},
-        ci95={},
         n_bytes={"cap": float(settings.max_bytes)},
         latency_ms=latency_ms,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 
@@ -122,8 +117,3 @@ def sheet(points: Sequence[Point]) -> Sheet:
 def _cells(point: Point) -> tuple[str, ...]:
     times = (f"{point.latency_ms[name]:.0f}" for name in ("prefill_ms", "with_evidence_ms", "select_ms"))
     return (str(point.recipe), *times, f"{point.metrics['share_of_prefill'] or 0.0:.1%}")
-
-
-def written(points: Sequence[Point]) -> bytes:
-    """The points as JSON."""
-    return TypeAdapter(list[Point]).dump_json(list(points), indent=1)

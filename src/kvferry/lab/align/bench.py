@@ -16,7 +16,7 @@ from kvferry.lab.align.arms import RAW, Arm, Settings, arms
 from kvferry.lab.align.ground import Ground, ground_of, plots_of
 from kvferry.lab.align.passages import pair_of
 from kvferry.lab.align.task import Nats
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.texts import SHARED, shared_folder
 from kvferry.metrics.paired import Interval, bootstrap_mean, paired
 from kvferry.models.load import load, public_name
@@ -111,11 +111,6 @@ def _point(
         seed=settings.seed,
         metrics={**metrics, **_of_arm(arm)},
         ci95=ci95,
-        n_bytes={},
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 

@@ -1,9 +1,7 @@
-"""The points of the aligner bench as lines, tables and JSON."""
+"""The points of the aligner bench as lines and tables."""
 
 from collections.abc import Sequence
 from itertools import groupby
-
-from pydantic import TypeAdapter
 
 from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
@@ -36,11 +34,6 @@ def line(point: Point) -> str:
     what = ", ".join(str(value) for value in recipe.values())
     numbers = f"{_n(metrics['nll_per_char'], 4)} ({_n(metrics['gap_closed'], 3)})"
     return f"{point.sender} to {point.receiver}: {what}: {numbers}"
-
-
-def written(points: Sequence[Point]) -> bytes:
-    """All points as JSON."""
-    return TypeAdapter(list[Point]).dump_json(list(points), indent=1) + b"\n"
 
 
 def sheets(points: Sequence[Point]) -> list[Sheet]:

@@ -16,7 +16,7 @@ from kvferry.lab.enrich.arms import Pair, Seed, run_seed
 from kvferry.lab.enrich.settings import KIND, Settings
 from kvferry.lab.enrich.verdict import Comparison, comparisons, labels, verdict
 from kvferry.lab.ledger import write_file
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.metrics.paired import clustered
 from kvferry.models.load import load, public_name
 
@@ -67,11 +67,7 @@ def _point(pair: Pair, settings: Settings, seeds: Sequence[Seed], arm: str) -> P
         seed=0,
         metrics={"accuracy": float(own.mean()), "follows_payload": follows, **by_seed, **_cost(seeds, arm)},
         ci95={"accuracy": _interval(own, labels(seeds))},
-        n_bytes={},
         latency_ms={"fuse": float(np.median([s.fuse_ms[arm] for s in seeds]))} if _timed(seeds, arm) else {},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 

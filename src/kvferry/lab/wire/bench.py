@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from kvferry.errors import UsageError
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.lab.wire.entries import STEPS, Entry, default_specs, own_entries, peer_entries, profile_entries
 from kvferry.lab.wire.peers.table import installed_peers
 from kvferry.lab.wire.profiles import profile_name
@@ -173,10 +173,5 @@ def _point(
         n=n,
         seed=settings.seed,
         metrics=metrics,
-        ci95={},
         n_bytes=n_bytes,
-        latency_ms={},
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
