@@ -14,6 +14,7 @@ from kvferry.cli.choices import (
     CodecOption,
     ReceiverOption,
     SenderOption,
+    TextsOption,
     choose_aligner,
     choose_codec,
 )
@@ -38,10 +39,7 @@ def certify(
     codec: CodecOption = CODEC,
     sender: SenderOption = SENDER,
     receiver: ReceiverOption = RECEIVER,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Text, or JSON lines of context, question, answer. Default: the zoo's worlds."),
-    ] = None,
+    data: TextsOption = None,
     n: Annotated[int, typer.Option(help="Texts to measure on.")] = 16,
     seed: Annotated[int, typer.Option(help="Decides which texts are drawn.")] = 0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the certificate as JSON.")] = None,

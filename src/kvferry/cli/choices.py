@@ -22,6 +22,7 @@ ContextOption = Annotated[
 QuestionOption = Annotated[str, typer.Option(help="What to ask about it.")]
 SenderOption = Annotated[str, typer.Option(help="The model that reads: zoo name, folder or hub id.")]
 ReceiverOption = Annotated[str, typer.Option(help="The model that answers: zoo name, folder or hub id.")]
+ModelOption = Annotated[str, typer.Option(help="The model that will send: zoo name, folder or hub id.")]
 AlignerOption = Annotated[
     str | None, typer.Option(help="Folder, hub id or shipped name. Default: the one shipped for the pair.")
 ]
@@ -37,6 +38,13 @@ SelectOption = Annotated[
     str, typer.Option(help="What is sent of it: all, lagrangian, question, vnorm(proportion=0.5), ...")
 ]
 MaxBytesOption = Annotated[int | None, typer.Option(help="Cap of the message.")]
+TextsOption = Annotated[
+    Path | None,
+    typer.Option(help="Text, or JSON lines of context, question, answer. Default: the zoo's worlds."),
+]
+DataOption = Annotated[
+    str | None, typer.Option(help="Text, JSON lines or datasets:NAME[:COLUMN]. Default: the zoo's worlds.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFileOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Its 16 to 64 bytes are the key that seals the message.")

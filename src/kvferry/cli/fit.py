@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvferry.cli.choices import RECEIVER, SENDER, JsonFlag, ReceiverOption, SenderOption
+from kvferry.cli.choices import RECEIVER, SENDER, DataOption, JsonFlag, ReceiverOption, SenderOption
 
 if TYPE_CHECKING:
     from kvferry.train.recipe import FitRecipe
@@ -27,9 +27,6 @@ Codecs = Annotated[
 Selections = Annotated[
     str | None,
     typer.Option(help="Selectors separated by ';' that training takes turns in. Default: all."),
-]
-Data = Annotated[
-    str | None, typer.Option(help="Text, JSON lines or datasets:NAME[:COLUMN]. Default: the zoo's worlds.")
 ]
 GridOption = Annotated[
     Literal["sender", "receiver"] | None,
@@ -59,7 +56,7 @@ def fit(
     aligner: AlignerSpec = None,
     codecs: Codecs = None,
     selections: Selections = None,
-    data: Data = None,
+    data: DataOption = None,
     grid: GridOption = None,
     steps: Steps = None,
     texts: Texts = None,

@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
-from kvferry.cli.choices import RECEIVER, SENDER, AlignerOption, JsonFlag, choose_aligner
+from kvferry.cli.choices import (
+    RECEIVER,
+    SENDER,
+    AlignerOption,
+    JsonFlag,
+    SenderOption,
+    TextsOption,
+    choose_aligner,
+)
 
 
 def fit_importance(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    sender: Annotated[str, typer.Option(help="The model that reads: zoo name, folder or hub id.")] = SENDER,
+    sender: SenderOption = SENDER,
     receiver: Annotated[
         str, typer.Option(help="The model that answers; the sender itself needs no aligner.")
     ] = RECEIVER,
@@ -20,10 +28,7 @@ def fit_importance(
     codec: Annotated[
         str, typer.Option(help="The codec whose steps are learned for, with its profile.")
     ] = "ecsq",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Text, or JSON lines of context, question, answer. Default: the zoo's worlds."),
-    ] = None,
+    data: TextsOption = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Contexts in a step.")] = 16,
     lowest_bits: Annotated[float, typer.Option(help="Lowest rate trained at, bits a number.")] = 0.02,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvferry.cli.choices import SENDER, JsonFlag
+from kvferry.cli.choices import SENDER, DataOption, JsonFlag, ModelOption
 
 if TYPE_CHECKING:
     from kvferry.train.indexer_fit import FittedIndexer, IndexerRecipe
@@ -15,13 +15,8 @@ if TYPE_CHECKING:
 
 def fit_indexer(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; what lies there is replaced.")],
-    model: Annotated[
-        str, typer.Option(help="The model that will send: zoo name, folder or hub id.")
-    ] = SENDER,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text, JSON lines or datasets:NAME[:COLUMN]. Default: the zoo's worlds."),
-    ] = None,
+    model: ModelOption = SENDER,
+    data: DataOption = None,
     heads: Annotated[int, typer.Option(help="Indexer heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Channels of each; half of them turn with the position.")] = 64,
     steps: Annotated[int, typer.Option(help="Of training.")] = 400,

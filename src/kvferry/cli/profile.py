@@ -7,18 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kvferry.cli.choices import SENDER, JsonFlag
+from kvferry.cli.choices import SENDER, JsonFlag, ModelOption, TextsOption
 
 
 def profile(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The profile to write.")],
-    model: Annotated[
-        str, typer.Option(help="The model that will send: zoo name, folder or hub id.")
-    ] = SENDER,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Text, or JSON lines of context, question, answer. Default: the zoo's worlds."),
-    ] = None,
+    model: ModelOption = SENDER,
+    data: TextsOption = None,
     contexts: Annotated[int, typer.Option(help="Contexts to read.")] = 128,
     draws: Annotated[int, typer.Option(help="Continuations drawn of each context.")] = 3,
     floor: Annotated[
