@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import pytest
@@ -23,6 +24,7 @@ from kvferry.models.prompt import PLAIN
 from kvferry.train.examples import (
     Batches,
     DataSet,
+    Places,
     QuestionFile,
     TextFile,
     TextLines,
@@ -78,7 +80,8 @@ def test_batches_may_begin_anywhere(start):
 def test_the_kind_of_source_follows_the_name(tmp_path):
     questions = lines(tmp_path / "q.jsonl", [{"context": "c", "question": "q", "answer": "a"}])
     texts = lines(tmp_path / "t.jsonl", [{"text": STORY}])
-    assert source_of(None, PLAIN) == Worlds()
+    assert source_of(None, PLAIN) == source_of("worlds", PLAIN) == Worlds()
+    assert source_of(Path("places"), PLAIN) == Places()
     assert source_of(questions, PLAIN) == QuestionFile(questions, PLAIN)
     assert source_of(texts, PLAIN) == TextLines(texts)
     assert source_of(tmp_path / "a.txt", PLAIN) == TextFile(tmp_path / "a.txt")

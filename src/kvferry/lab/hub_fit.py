@@ -23,9 +23,9 @@ from kvferry.align.runs import in_runs
 from kvferry.align.whitening import whitening
 from kvferry.codec import CODECS, roundtrip
 from kvferry.lab.arms import INT8, RAW
-from kvferry.lab.pairs_fit import Places, route_of
+from kvferry.lab.pairs_fit import route_of
 from kvferry.models.load import Model
-from kvferry.train.examples import Batches, Example
+from kvferry.train.examples import Batches, Example, Places
 from kvferry.train.loop import Loss, Trainer
 from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.objective import Objective

@@ -16,7 +16,7 @@ from kvferry.align.token_table import TokenTable
 from kvferry.errors import UsageError
 from kvferry.lab.arms import INT8, RAW
 from kvferry.lab.items import Batch, Worlds, right, swapped
-from kvferry.lab.pairs_fit import Fitted, PairRecipe, Places, fit_pair, route_of
+from kvferry.lab.pairs_fit import Fitted, PairRecipe, fit_pair, route_of
 from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
 from kvferry.metrics.paired import wilson
@@ -25,6 +25,7 @@ from kvferry.models.zoo.catalog import names as zoo_names
 from kvferry.session.message import Message, text_message
 from kvferry.session.receiver import Receiver
 from kvferry.session.sender import Sender
+from kvferry.train.examples import Places
 from kvferry.train.fit import closed_form, prepare
 from kvferry.train.recipe import DataRecipe, FitRecipe
 from kvferry.train.route import Route
@@ -166,18 +167,34 @@ def line(point: Point) -> str:
 
 def sheet(points: Sequence[Point]) -> Sheet:
     """A row for each pair."""
-    pairs = dict.fromkeys((point.sender, point.receiver) for point in points)
     columns = ("", "tokenizer", "raw", "int8", "text", "alone", "mean", "table", "twin", "MB", "fit s")
     title = f"All pairs of the zoo: {points[0].task}, {points[0].n} items"
-    return Sheet(title, columns, tuple(_row(points, *pair) for pair in pairs), _LEGEND)
+    return Sheet(title, columns, tuple(map(_row, by_pair(points))), _LEGEND)
 
 
-def _row(points: Sequence[Point], sender: str, receiver: str) -> tuple[str, ...]:
-    found = {point.arm: point for point in points if (point.sender, point.receiver) == (sender, receiver)}
-    raw = found["kv_raw"]
-    low, high = raw.ci95["accuracy"] or (0.0, 0.0)
+def _row(arms: dict[str, Point]) -> tuple[str, ...]:
+    raw = arms["kv_raw"]
     tokenizer = raw.recipe["tokenizer"] if isinstance(raw.recipe, dict) else ""
-    others = [f"{found[arm].accuracy:.3f}" for arm in ARMS[1:]]
-    cost = (f"{raw.metrics['mb']:.2f}", f"{raw.metrics['fit_cpu_seconds']:.0f}")
-    cell = f"{raw.accuracy:.3f} ({low:.3f} to {high:.3f})"
-    return (f"{sender} to {receiver}", str(tokenizer), cell, *others, *cost)
+    name, *accuracies_and_cost = cells(arms, ARMS)
+    return (name, str(tokenizer), *accuracies_and_cost)
+
+
+def by_pair(points: Sequence[Point]) -> list[dict[str, Point]]:
+    """The arms of each pair, in the order of `points`."""
+    found: dict[tuple[str, str], dict[str, Point]] = {}
+    for point in points:
+        found.setdefault((point.sender, point.receiver), {})[point.arm] = point
+    return list(found.values())
+
+
+def cells(arms: dict[str, Point], shown: Sequence[str]) -> tuple[str, ...]:
+    """Of one pair: its name, the first arm's accuracy with its interval, that of the others, and what the map cost."""
+    first, *others = (arms[name] for name in shown)
+    low, high = first.ci95["accuracy"] or (0.0, 0.0)
+    return (
+        f"{first.sender} to {first.receiver}",
+        f"{first.accuracy:.3f} ({low:.3f} to {high:.3f})",
+        *(f"{point.accuracy:.3f}" for point in others),
+        f"{first.metrics['mb']:.2f}",
+        f"{first.metrics['fit_cpu_seconds']:.0f}",
+    )

@@ -5,10 +5,10 @@ receiver, where the tokenizers differ. All pairs are fitted by one recipe; nothi
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, cycle, islice
+from itertools import cycle, islice
 
 import torch
 from jaxtyping import Float64
@@ -24,8 +24,7 @@ from kvferry.errors import ModelRefused
 from kvferry.kv import Geometry, Group
 from kvferry.lab.arms import INT8, RAW
 from kvferry.models.load import Model
-from kvferry.models.zoo.worlds import make_document
-from kvferry.train.examples import Batches, Example, Split
+from kvferry.train.examples import Batches, Example, Places
 from kvferry.train.fit import frozen
 from kvferry.train.loop import Loss, Trainer
 from kvferry.train.loop_recipe import LoopRecipe
@@ -36,23 +35,6 @@ from kvferry.train.route import Route
 _READ_AT_ONCE = 32
 _N_SENSED = 6
 """Batches whose gradients say what matters."""
-_SEEDS = 1_000_003
-"""Documents of one seed never meet those of another."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Contexts of facts about places, with so many questions each: the kind of item that is asked in the end."""
-
-    n_facts: int = 8
-    n_questions: int = 8
-    name: str = "places"
-
-    def examples(self, split: Split, seed: int) -> Iterator[Example]:
-        for number in count(seed * _SEEDS):
-            document = make_document(number, n_facts=self.n_facts, n_questions=self.n_questions, split=split)
-            (first, _), *pieces = document.pieces()
-            yield Example(document.context, ((first.removeprefix(document.context), False), *pieces))
 
 
 @dataclass(frozen=True)

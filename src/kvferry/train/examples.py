@@ -9,6 +9,7 @@ from kvferry.models.prompt import Prompt
 from kvferry.train.sources.data_set import DataSet, data_set
 from kvferry.train.sources.example import Example, Source, Split
 from kvferry.train.sources.json_lines import QuestionFile, TextLines, json_lines
+from kvferry.train.sources.places import Places
 from kvferry.train.sources.rows import Table
 from kvferry.train.sources.text_file import TextFile
 from kvferry.train.sources.worlds import Worlds
@@ -17,6 +18,7 @@ __all__ = [
     "Batches",
     "DataSet",
     "Example",
+    "Places",
     "QuestionFile",
     "Source",
     "Split",
@@ -27,6 +29,7 @@ __all__ = [
     "source_of",
 ]
 _PREFIX = "datasets:"
+_OWN: dict[str, Source] = {"worlds": Worlds(), "places": Places()}
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ class Batches:
 
 
 def source_of(where: Path | str | None, prompt: Prompt) -> Source:
-    """The source for `--data`: nothing for the worlds, a text, JSON lines of questions or texts, `datasets:NAME`,
-    `datasets:NAME:COLUMN`, or a Parquet or Arrow file or folder of a data set.
+    """The source for `--data`: nothing or `worlds`, `places`, a text, JSON lines of questions or texts,
+    `datasets:NAME`, `datasets:NAME:COLUMN`, or a Parquet or Arrow file or folder of a data set.
 
     Raises `UsageError` for JSON lines that cannot be read.
     """
-    if where is None:
-        return Worlds()
+    if where is None or str(where) in _OWN:
+        return _OWN["worlds" if where is None else str(where)]
     if str(where).startswith(_PREFIX):
         return data_set(str(where).removeprefix(_PREFIX), prompt)
     path = Path(where)

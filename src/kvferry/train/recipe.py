@@ -56,7 +56,7 @@ def _weight(value: float) -> float:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is read: `worlds`, a file, or `datasets:NAME[:COLUMN]`, see `source_of`; and how much of it at once."""
+    """What is read (`worlds`, `places`, a file, or `datasets:NAME[:COLUMN]`, see `source_of`), and how much at once."""
 
     source: str = "worlds"
     texts: int = 512
@@ -71,7 +71,7 @@ class DataRecipe:
 
     def open(self, prompt: Prompt) -> Source:
         """Examples as this receiver is asked; a path is taken from the current folder."""
-        return source_of(None if self.source == "worlds" else self.source, prompt)
+        return source_of(self.source, prompt)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Worlds:
         while True:
             kind, n_facts, n_fillers = rng.choice(_SHAPES)
             for number in [rng.getrandbits(40) for _ in range(self.n_alike)]:
-                yield _of_document(
+                yield example_of(
                     make_document(
                         number,
                         kind=kind,
@@ -47,7 +47,8 @@ class Worlds:
                 )
 
 
-def _of_document(document: Document) -> Example:
+def example_of(document: Document) -> Example:
+    """A context, and its questions with their answers scored."""
     pieces = list(document.pieces())
     first = pieces[0][0].removeprefix(document.context)
     return Example(document.context, ((first, False), *pieces[1:]))
