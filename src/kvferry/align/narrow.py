@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvferry.align.classwise import scaled
-from kvferry.align.contract import Aligner, Contract
+from kvferry.align.contract import Contract
 from kvferry.align.features import as_receiver
 from kvferry.align.ridge import Sums, solve, standardise
 from kvferry.align.runs import in_runs
-from kvferry.align.whitening import whitening
+from kvferry.align.whitening import Whitened
 from kvferry.errors import UsageError
 from kvferry.kv import KV
 
@@ -26,7 +26,7 @@ _RARE = 0.005
 """Weight of the tokens of all places beside those of one place: enough for a place that is never met."""
 
 
-class NarrowMLP(Aligner):
+class NarrowMLP(Whitened):
     """`receiver = h @ up[place] + gelu(h) @ bent + bias[place]` with `h = sender @ down + offset[place]`.
 
     A slot sees its own entry and those of the `neighbours - 1` runs before it, and `place` is how deep it lies in its
@@ -34,10 +34,6 @@ class NarrowMLP(Aligner):
     """
 
     name: ClassVar[str] = "narrow"
-    basis: Tensor
-    x_mean: Tensor
-    y_mean: Tensor
-    y_std: Tensor
 
     def __init__(
         self,
@@ -62,10 +58,7 @@ class NarrowMLP(Aligner):
         self.offset = nn.Parameter(torch.zeros(places, rank))
         self.bias = nn.Parameter(torch.zeros(places, n_out))
         if not folded:
-            self.register_buffer("basis", torch.eye(n_in, n_seen))
-            self.register_buffer("x_mean", torch.zeros(n_in))
-            self.register_buffer("y_mean", torch.zeros(n_out))
-            self.register_buffer("y_std", torch.ones(n_out))
+            self.lay_out(n_in, n_seen, n_out)
 
     def options(self) -> dict[str, Any]:
         options = ("rank", "neighbours", "places", "folded", "seen")
@@ -107,24 +100,18 @@ class NarrowMLP(Aligner):
             raise UsageError(f"sums of {len(sums)} places", cure=cure)
         total = sum(sums[1:], sums[0])
         std = standardise(total)
-        basis, back = whitening(std)
-        for own, found in zip(
-            (self.basis, self.x_mean, self.y_mean, self.y_std),
-            (basis, std.x_mean, std.y_mean, std.y_std),
-            strict=True,
-        ):
-            own.copy_(found)
+        back = self.whiten(std)
         maps, biases = zip(*(solve(one + scaled(total, _RARE), penalty) for one in sums), strict=True)
         inner = back @ torch.stack(maps).double() / std.y_std
         shifts = [bias + std.x_mean @ weight.double() for bias, weight in zip(biases, maps, strict=True)]
         self.bias.copy_((torch.stack(shifts) - std.y_mean) / std.y_std)
         self.bent.zero_()
         self.offset.zero_()
-        if self.rank == len(basis):
+        if self.rank == len(back):
             self.down.copy_(torch.eye(self.rank))
             self.up.copy_(inner)
             return
-        shares = torch.tensor([one.n / total.n for one in sums]).to(basis)
+        shares = torch.tensor([one.n / total.n for one in sums]).to(back)
         down = _leading(inner, self.rank, shares, std.y_std, None)
         self.down.copy_(down)
         self.up.copy_(down.T @ inner)

@@ -11,16 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvferry.align.classwise import Classwise, by_class
-from kvferry.align.contract import Aligner, Contract
+from kvferry.align.contract import Contract
 from kvferry.align.features import as_receiver, with_neighbours
 from kvferry.align.receiver_grid import N_CLASSES, classes_of
 from kvferry.align.ridge import Sums, solve, standardise
-from kvferry.align.whitening import whitening
+from kvferry.align.whitening import Whitened
 from kvferry.errors import GridMismatch
 from kvferry.kv import KV
 
 
-class ResidualMLP(Aligner):
+class ResidualMLP(Whitened):
     """`receiver = y_mean + y_std * (z @ inner + shift + mlp(z))` with `z = (sender - x_mean) @ basis`.
 
     A sender token comes with the `neighbours - 1` tokens before it. The last layer of the mlp starts at zero, so after
@@ -30,10 +30,6 @@ class ResidualMLP(Aligner):
     """
 
     name: ClassVar[str] = "residual_mlp"
-    basis: Tensor
-    x_mean: Tensor
-    y_mean: Tensor
-    y_std: Tensor
 
     def __init__(
         self,
@@ -55,10 +51,7 @@ class ResidualMLP(Aligner):
             self.class_inner = nn.Parameter(torch.zeros(N_CLASSES, n_in, n_out))
             self.class_shift = nn.Parameter(torch.zeros(N_CLASSES, n_out))
         if not folded:
-            self.register_buffer("basis", torch.eye(n_in))
-            self.register_buffer("x_mean", torch.zeros(n_in))
-            self.register_buffer("y_mean", torch.zeros(n_out))
-            self.register_buffer("y_std", torch.ones(n_out))
+            self.lay_out(n_in, n_in, n_out)
 
     def options(self) -> dict[str, Any]:
         options = ("neighbours", "hidden", "folded", "classes")
@@ -101,11 +94,7 @@ class ResidualMLP(Aligner):
 
         For a map that is not folded. `sums` are over features with `neighbours` tokens each.
         """
-        std = standardise(sums)
-        self.basis.copy_(whitening(std)[0])
-        self.x_mean.copy_(std.x_mean)
-        self.y_mean.copy_(std.y_mean)
-        self.y_std.copy_(std.y_std)
+        self.whiten(standardise(sums))
         inner, shift = self._in_coordinates(weight, bias)
         self.inner.copy_(inner)
         self.shift.copy_(shift)
