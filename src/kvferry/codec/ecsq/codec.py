@@ -115,12 +115,7 @@ class Ecsq(Codec):
         return ideal(message, self.step)
 
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
-        own = self._profile is None
-        uses = Uses(step=True, classes=True, weights=own, profile_hash=self.profile_hash)
-        manifest = read_manifest(frame, geometry, limits, uses)
-        if manifest.space not in self.spaces:
-            raise Malformed(f"{manifest.space} keys under {self.name}", cure="Send content keys")
-        scheme = self._profiled(geometry) or self._as_sent(frame.body(SegmentType.WEIGHTS), geometry)
+        manifest, scheme = self._opened(frame, geometry, limits)
         parts, bodies = parts_of(manifest), frame.bodies(SegmentType.PAYLOAD)
         if [bool(part.blocks) for part in parts] != [bool(body) for body in bodies]:
             raise Malformed(f"{len(bodies)} parts, or an empty one", cure=f"These tokens make {len(parts)}")
@@ -155,6 +150,16 @@ class Ecsq(Codec):
             replace(kv, present=keep.unsqueeze(1)).require_finite()  # names layer, head and token
         scheme = self._profiled(kv.geometry) or self._weighed(measured, kv.geometry)
         return manifest, Message((spec_segment(self), *manifest.segments()), measured, scheme, arrays)
+
+    def _opened(self, frame: Frame, geometry: Geometry, limits: Limits) -> tuple[Manifest, Scheme]:
+        """What a frame says of its slots, and what its numbers mean."""
+        own = self._profile is None
+        uses = Uses(step=True, classes=True, weights=own, profile_hash=self.profile_hash)
+        manifest = read_manifest(frame, geometry, limits, uses)
+        if manifest.space not in self.spaces:
+            raise Malformed(f"{manifest.space} keys under {self.name}", cure="Send content keys")
+        scheme = self._profiled(geometry) or self._as_sent(frame.body(SegmentType.WEIGHTS), geometry)
+        return manifest, scheme
 
     def _weighed(self, measured: list[Measured], geometry: Geometry) -> Scheme:
         return SelfContained(weigh(measured, geometry.n_layers, self.weighting), self.weighting)

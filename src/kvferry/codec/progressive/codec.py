@@ -21,7 +21,7 @@ from kvferry.codec.ecsq.message import Message, empty_groups
 from kvferry.codec.ecsq.scheme import Scheme
 from kvferry.codec.ecsq.weights import Weighting
 from kvferry.codec.estimate import Estimate
-from kvferry.codec.manifest import Manifest, Uses, kv_frame, read_manifest
+from kvferry.codec.manifest import Manifest, kv_frame
 from kvferry.codec.profiles import NONE
 from kvferry.codec.progressive.chunk import Place
 from kvferry.codec.progressive.layered import Layered, climb, place_of
@@ -75,12 +75,7 @@ class Progressive(Ecsq):
 
     def decode(self, frame: Frame, geometry: Geometry, limits: Limits, device: torch.device) -> KV:
         """As far as the chunks go. A layer of which the coarsest keys or values did not come is absent."""
-        own = self._profile is None
-        uses = Uses(step=True, classes=True, weights=own, profile_hash=self.profile_hash)
-        manifest = read_manifest(frame, geometry, limits, uses)
-        if manifest.space not in self.spaces:
-            raise Malformed(f"{manifest.space} keys under {self.name}", cure="Send content keys")
-        scheme = self._profiled(geometry) or self._as_sent(frame.body(SegmentType.WEIGHTS), geometry)
+        manifest, scheme = self._opened(frame, geometry, limits)
         reading = self._read(frame, manifest, scheme)
         came = _came(reading, geometry.n_layers)
         groups = empty_groups(geometry, manifest.n_tokens, bool(manifest.present.all() and came.all()))
