@@ -310,6 +310,12 @@ def test_draws_resample_seeds_and_blocks():
 # A run
 
 
+def test_a_look_into_a_ledger_leaves_no_file(road: Road, tmp_path: Path):
+    settings = Settings(PLACE, SPECS[:1], CAPS[2:3], 4, 2, 1, text_caps=(128,))
+    assert forecast(road, settings, Ledger(tmp_path / "new" / "ledger.jsonl", resume=True)) != []
+    assert list(tmp_path.iterdir()) == []
+
+
 def untimed(points: list[Point]) -> list[Point]:
     return [replace(point, latency_ms={}) for point in points]
 

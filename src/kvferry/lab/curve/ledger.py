@@ -45,12 +45,15 @@ def key_of(settings: Mapping[str, str | int]) -> str:
 
 
 class Ledger:
-    """The lines of a file, and those that are added to it; without a file they are only remembered."""
+    """The lines of a file, and those that are added to it; without a file they are only remembered.
+
+    A file that is not there comes with the first line, so that a look into an empty ledger leaves none behind.
+    """
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self.path = path
         self._lines: dict[str, Line] = {}
-        if path is not None:
+        if path is not None and path.exists():
             held = _read(path)
             self._lines = {line.key: line for line in held} if resume else {}
             write_file(path, b"".join(map(_written, held)))
@@ -63,6 +66,8 @@ class Ledger:
         self._lines[line.key] = line
         if self.path is None:
             return
+        if not self.path.exists():
+            write_file(self.path, b"")
         try:
             with self.path.open("ab") as file:
                 file.write(_written(line))
@@ -76,9 +81,7 @@ def _written(line: Line) -> bytes:
 
 def _read(path: Path) -> list[Line]:
     try:
-        rows = path.read_bytes().split(b"\n") if path.exists() else []
-        cut_off = rows.pop() if rows else b""  # whole lines end with a newline
-        del cut_off
+        *rows, _cut_off = path.read_bytes().split(b"\n")  # whole lines end with a newline
         return [_LINE.validate_json(row) for row in rows if row]
     except (OSError, ValidationError) as error:
         what = f"{path} is no ledger of kvferry curve: {str(error).splitlines()[0]}"
