@@ -5,8 +5,6 @@
 run in the folder of tests, prints how many of the draws kept the promise and how much of a cap stays unused.
 """
 
-import argparse
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 import contract
+from draws import all_draws
 from kvferry.codec.ecsq import Ecsq
 from kvferry.errors import BudgetTooSmall
 from kvferry.kv import KV, Plan
@@ -71,21 +70,12 @@ def _size(frame: Frame) -> int:
     return len(pack(frame))
 
 
-def _check_range(seeds: range) -> list[Outcome]:
-    torch.set_num_threads(1)
-    return [check_draw(Draw(seed)) for seed in seeds]
+def _check_seed(seed: int) -> Outcome:
+    return check_draw(Draw(seed))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=100_000)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args()
-    last = options.first + options.draws
-    chunks = [range(at, min(at + 500, last)) for at in range(options.first, last, 500)]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        outcomes = [outcome for found in pool.map(_check_range, chunks) for outcome in found]
+    outcomes = all_draws(_check_seed, __doc__)
     unused = [1 - one.used / one.cap for one in outcomes if one.capped and one.used and one.cap >= _LARGE]
     small = sum(not one.used for one in outcomes)
     print(f"{len(outcomes)} draws: all kept, {small} of them refused with a cap that works")  # noqa: T201

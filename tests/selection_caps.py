@@ -5,13 +5,11 @@
 run in the folder of tests, prints how many of the draws kept the promise.
 """
 
-import argparse
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from draws import all_draws
 from kvferry.codec import CODECS, Codec
 from kvferry.errors import BudgetTooSmall
 from kvferry.select import SELECTORS
@@ -75,21 +73,17 @@ def _size(sight: Sight, selector: Selector, codec: Codec, cap: int) -> int:
 
 
 def check_range(seeds: range) -> int:
-    torch.set_num_threads(1)
-    return sum(check_draw(Draw(seed)) for seed in seeds)
+    """How many of the draws kept their cap."""
+    return sum(map(_check_seed, seeds))
+
+
+def _check_seed(seed: int) -> bool:
+    return check_draw(Draw(seed))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=100_000)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args()
-    last = options.first + options.draws
-    chunks = [range(at, min(at + 500, last)) for at in range(options.first, last, 500)]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        kept = sum(pool.map(check_range, chunks))
-    print(f"{options.draws} draws: all kept, {options.draws - kept} of them refused with a cap that works")  # noqa: T201
+    kept = all_draws(_check_seed, __doc__)
+    print(f"{len(kept)} draws: all kept, {len(kept) - sum(kept)} of them refused with a cap that works")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Evidence (queries, attention) is recorded by the prefill, so prefills are timed 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TypeVar, cast
 
@@ -23,7 +23,7 @@ from kvferry.models.tokens import Row, encode_rows, pad
 from kvferry.models.untrained import untrained_qwen
 from kvferry.select import SELECTORS
 from kvferry.select.contract import Selector
-from kvferry.select.sight import Sight, alone
+from kvferry.select.sight import alone
 from kvferry.session.selecting import plan_of
 
 T = TypeVar("T")
@@ -63,8 +63,7 @@ def _timed(model: Model, spec: str, settings: Settings) -> Point:
     tokens = pad([_row(model, settings.tokens)])
     prefill_ms, _ = _timed_call(1, lambda: capture(model, tokens))
     evidence_ms, seen = _timed_call(1, lambda: capture(model, tokens, selector.needs))
-    sight = alone(seen.kv)
-    sight = Sight(sight.kv, sight.read, sight.carried, seen.evidence, scores_of(model))
+    sight = replace(alone(seen.kv), evidence=seen.evidence, scores=scores_of(model))
     select_ms, _ = _timed_call(settings.repeats, lambda: plan_of(codec, selector, sight, settings.max_bytes))
     times = {"prefill_ms": prefill_ms, "with_evidence_ms": evidence_ms, "select_ms": select_ms}
     return _point(spec, selector, settings, times)
