@@ -15,7 +15,7 @@ import kvferry.align
 from kvferry.align import ALIGNERS
 from kvferry.align.contract import Aligner, Contract, from_json, to_json
 from kvferry.align.covered import covers
-from kvferry.align.features import flatten, unflatten, with_neighbours
+from kvferry.align.features import flatten, look_back, unflatten, with_neighbours
 from kvferry.align.folder import aligner_class, load_aligner, save_aligner
 from kvferry.align.identity import Identity
 from kvferry.align.linear import Linear
@@ -229,3 +229,28 @@ def test_zero_pad_keeps_what_fits_and_nothing_else(contract, receiver):
         heads, dim = min(layer.heads, own.shape[1]), min(layer.key_dim, own.shape[3])
         assert torch.equal(keys[:, :heads, :, :dim], own[:, :heads, :, :dim])
         assert keys[:, heads:].abs().sum() == 0 and keys[..., dim:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("linear", "neighbours"),
+        ("classwise", "neighbours"),
+        ("hub_pair", "dim"),
+        ("hub_pair", "neighbours"),
+        ("hub_pair", "places"),
+        ("kv_projector_mlp", "hidden_dim"),
+        ("residual_mlp", "neighbours"),
+        ("residual_mlp", "hidden"),
+        ("narrow", "places"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_below_one_is_refused(contract: Contract, name: str, option: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"{option} is {value}, out of range. Give at least 1"):
+        aligner_class(name)(contract, **{option: value})
+
+
+def test_a_token_comes_at_least_with_itself() -> None:
+    with pytest.raises(UsageError, match="neighbours is 0"):
+        look_back(torch.zeros(1, 2, 3), 0)

@@ -162,7 +162,7 @@ def test_a_cap_on_the_size_is_kept(llama, qwen):
 def test_a_cap_that_no_map_keeps_is_refused_with_one_that_would_do(llama, qwen, monkeypatch):
     monkeypatch.setattr(auto, "CLOSED", ("procrustes",))
     with pytest.raises(UsageError, match=r"no map is as small as 0\.001 MB") as refusal:
-        choose(llama, qwen, Short(), RECIPE, max_mb=0.001)
+        choose(llama, qwen, Short(), RECIPE, max_mb=0.001, on_candidate=lambda one: pytest.fail(one.spec))
     size = 4e-6 * (4 * (2 * 48 * 64) + 512)
     allowed = float(refusal.value.cure.split()[1])
     assert size <= allowed < size + 0.01

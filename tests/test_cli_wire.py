@@ -100,15 +100,88 @@ def test_a_foreign_sender_is_refused(message: Path, tmp_path: Path) -> None:
         (("pack", "--context", "-", "--cache", "c", "--out", "m"), 2, "Give --context or --cache"),
         (("pack", "--context", "-", "--codec", "itn", "--out", "m"), 2, "Did you mean 'int'?"),
         (("pack", "--context", "none.txt", "--out", "m"), 2, "cannot read none.txt"),
-        (("pack", "--cache", "none.safetensors", "--out", "m"), 1, "holds no cache"),
-        (("pack", "--context", "-", "--out", "no/folder/m.kvw"), 1, "no/folder/m.kvw: No such file"),
-        (("pack", "--context", "-", "--out", "/dev/null"), 1, "no regular file"),
-        (("unpack", "none.kvw", "--out", "c"), 1, "cannot read a message from none.kvw"),
-        (("inspect", "none.kvw"), 1, "cannot read a message from none.kvw"),
+        (
+            ("pack", "--cache", "none.safetensors", "--out", "m"),
+            2,
+            "cannot read none.safetensors: No such file",
+        ),
+        (("pack", "--context", "-", "--out", "no/folder/m.kvw"), 2, "no/folder/m.kvw: No such file"),
+        (("pack", "--context", "-", "--out", "/dev/null"), 2, "no regular file"),
+        (("unpack", "none.kvw", "--out", "c"), 2, "cannot read none.kvw: No such file"),
+        (("inspect", "none.kvw"), 2, "cannot read none.kvw: No such file"),
+        (("inspect", "/"), 2, "cannot read /: Is a directory"),
+        (("fly",), 2, "No such command 'fly'. See kvferry --help"),
+        (("inspect", "m", "--fly"), 2, "No such option: --fly. See kvferry inspect --help"),
+        (("pack", "--max-bytes", "1e4"), 2, "See kvferry pack --help"),
+        (("ask", "--context", "-", "--question", " "), 2, "the question ' ' is empty"),
+        (("send", "--context", "-", "--question", ""), 2, "the question '' is empty"),
+        (
+            ("pack", "--context", "-", "--out", "m", "--codec", "ecsq(profile='p')"),
+            2,
+            "there is no profile p",
+        ),
+        (
+            ("pack", "--context", "-", "--out", "m", "--codec", "int(4, zstd=99)"),
+            2,
+            "codec int: zstd=99. 0 is none",
+        ),
+        (("pack", "--context", "-", "--out", "m", "--sender", "/none"), 2, "there is no model '/none'"),
+        (
+            ("pack", "--context", "-", "--out", "m", "--sender", "/"),
+            2,
+            "no model in '/': it has no config.json",
+        ),
+        (("certify", "./none"), 2, "no aligner folder './none'"),
+        (("certify", "/"), 2, "no aligner in /: it has no config.json"),
+        (("export", "none", "--onnx", "m"), 2, "unknown aligner 'none'"),
+        (("fit", "--auto", "--max-mb", "0", "--out", "m"), 2, "Give more than 0 MB"),
+        (("fit", "--auto", "--max-mb", "nan", "--out", "m"), 2, "Give more than 0 MB"),
     ],
 )
 def test_bad_calls(words: tuple[str, ...], code: int, said: str) -> None:
     assert said in kvferry(*words, stdin=CONTEXT, code=code)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pack", "--context", "-", "--sender", "/none", "--out"),
+        ("unpack", "{message}", "--sender", "/none", "--out"),
+        ("profile", "--model", "/none", "--out"),
+        ("bytes", "--sender", "/none", "--json"),
+        ("demo", "--sender", "/none", "--json"),
+        ("demo", "--sender", "/none", "--report"),
+        ("certify", "./none", "--json"),
+        ("export", "./none", "--onnx"),
+        ("curve", "--pair", "/none-to-/none", "--json"),
+        ("curve", "--pair", "/none-to-/none", "--cache"),
+        ("fit", "--sender", "/none", "--out"),
+        ("fit", "--sender", "/none", "--out", "m", "--checkpoints"),
+        ("fit", "--sender", "/none", "--out", "m", "--journal"),
+        ("fit-indexer", "--model", "/none", "--out"),
+        ("fit-importance", "--sender", "/none", "--out"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    words: tuple[str, ...], message: Path, tmp_path: Path
+) -> None:
+    """There is no such model either; that would be said second."""
+    (tmp_path / "file").write_text("")
+    call = [word.format(message=message) for word in words]
+    said = kvferry(*call, tmp_path / "file" / "x", stdin=CONTEXT, code=2)
+    assert f"cannot write {tmp_path / 'file' / 'x'}: Not a directory. Name a file" in said
+
+
+def test_a_text_too_short_to_choose_on_is_refused_before_the_fit(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("some words " * 500)
+    said = kvferry("fit", "--data", tmp_path / "t.txt", "--out", tmp_path / "out", code=2)
+    assert "for dev. Give at least" in said
+
+
+def test_the_smallest_cap_that_is_named_works(tmp_path: Path) -> None:
+    call = ("pack", "--context", "-", "--out", tmp_path / "m.kvw", "--codec", "int(4)", "--max-bytes")
+    smallest = kvferry(*call, 0, stdin=CONTEXT, code=2).split("at least ")[1].split()[0]
+    kvferry(*call, smallest, stdin=CONTEXT)
 
 
 def test_a_key_seals_and_opens(tmp_path: Path) -> None:

@@ -299,3 +299,14 @@ def test_varints(values):
 def test_varints_refuse_what_is_cut_or_long(body):
     with pytest.raises(Malformed):
         read_varints(body)
+
+
+def test_an_option_that_stands_twice_is_refused():
+    with pytest.raises(BadSpec, match="stands twice in the spec 'int"):
+        CODECS.parse("int(bits=4, bits=8)")
+
+
+def test_what_a_method_says_of_its_options_is_said_once():
+    with pytest.raises(BadSpec, match=r"^codec nf4: nf4\(block=0\)\. block is at least 1") as caught:
+        CODECS.parse("nf4(block=0)")
+    assert caught.value.cure.startswith("block is at least 1")

@@ -36,7 +36,8 @@ KvferryError
 │   ├── PeerLost                unreachable, or gone in the middle of a message
 │   ├── PeerTimeout             no answer within the time allowed
 │   └── PeerRefused             the peer answered with an error of its own
-└── FolderError                 a weights folder is missing, corrupt or of another kind
+└── FolderError                 a weights folder or profile is corrupt or of another kind
+    └── MissingFolder           there is none; a UsageError too, exit code 2
 """
 
 import difflib
@@ -202,3 +203,6 @@ class PeerRefused(LinkError): ...
 
 
 class FolderError(KvferryError): ...
+
+
+class MissingFolder(FolderError, UsageError): ...

@@ -17,7 +17,7 @@ def write_whole(path: Path, data: bytes, error: type[KvferryError], *, cure: str
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        _refuse_special(path, error)
+        refuse_special(path, error)
         with part.open("xb") as file:
             file.write(data)
             file.flush()
@@ -31,7 +31,7 @@ def write_whole(path: Path, data: bytes, error: type[KvferryError], *, cure: str
             part.unlink()
 
 
-def _refuse_special(path: Path, error: type[KvferryError]) -> None:
+def refuse_special(path: Path, error: type[KvferryError]) -> None:
     """A rename would put a plain file in the place of a device."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise error(f"{path} is no regular file", cure="Name a file; a device or pipe cannot be replaced")

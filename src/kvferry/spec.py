@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from kvferry.errors import BadSpec, UnknownName
+from kvferry.errors import BadSpec, KvferryError, UnknownName
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -110,11 +110,14 @@ def read_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             raise SyntaxError
         named = {str(word.arg): _read(word.value) for word in node.keywords}
-        return node.func.id, [_read(value) for value in node.args], named
+        positional = [_read(value) for value in node.args]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise BadSpec(
             f"cannot read the spec {text[:80]!r}", cure="Write it as name(option=value, ...)"
         ) from None
+    if len(named) < len(node.keywords):
+        raise BadSpec(f"an option stands twice in the spec {text[:80]!r}", cure="Leave one of them out")
+    return node.func.id, positional, named
 
 
 def _read(node: ast.expr) -> Any:
@@ -134,5 +137,8 @@ def _place(cls: type[Method], name: str, positional: list[Any], named: dict[str,
 
 def _bad_value(kind: str, name: str, error: ValidationError) -> BadSpec:
     first = error.errors()[0]
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, KvferryError):  # the method's own check, of values that had the right types
+        return BadSpec(f"{kind} {name}: {own.what}", cure=own.cure)
     where = ".".join(str(part) for part in first["loc"])
     return BadSpec(f"{kind} {name}: {where}={first['input']!r} is not valid", cure=first["msg"])

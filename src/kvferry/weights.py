@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from kvferry.errors import FolderError, UnknownName
+from kvferry.errors import FolderError, MissingFolder, UnknownName
 from kvferry.files import CURE
 
 _CURE = "Give a folder written by kvferry, or the hub id of one"
@@ -50,13 +50,14 @@ def _fill(folder: Path, module: nn.Module, config: Mapping[str, Any], card: str)
 
 
 def find_folder(where: str | Path, kind: str) -> Path:
-    """The folder itself, or that of a hub id, fetched; `FolderError` where there is none."""
-    if Path(where).is_dir():
-        return Path(where)
+    """The folder itself, or that of a hub id, fetched; `MissingFolder` where there is none."""
     try:
-        return Path(snapshot_download(str(where)))
+        folder = Path(where) if Path(where).is_dir() else Path(snapshot_download(str(where)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FolderError(f"no {kind} folder {str(where)!r}", cure=_CURE) from error
+        raise MissingFolder(f"no {kind} folder {str(where)!r}", cure=_CURE) from error
+    if not (folder / "config.json").is_file():
+        raise MissingFolder(f"no {kind} in {where}: it has no config.json", cure=_CURE)
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvferry.align.contract import Aligner, Contract
+from kvferry.align.contract import Aligner, Contract, require_positive
 from kvferry.align.features import as_receiver, with_neighbours
 from kvferry.align.receiver_grid import N_CLASSES, classes_of
 from kvferry.align.ridge import Sums, solve
@@ -29,6 +29,7 @@ class Classwise(Aligner):
 
     def __init__(self, contract: Contract, neighbours: int = 1) -> None:
         super().__init__(contract)
+        require_positive("neighbours", neighbours)
         self.neighbours = neighbours
         n_in, n_out = neighbours * contract.sender.floats_per_token, contract.receiver.floats_per_token
         self.weight = nn.Parameter(torch.zeros(N_CLASSES, n_in, n_out))

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from kvferry.align.covered import covers
-from kvferry.errors import CodecNotCovered, ForeignModel
+from kvferry.errors import CodecNotCovered, ForeignModel, UsageError
 from kvferry.kv import KV, Geometry
 
 Grid = Literal["sender", "receiver"]
@@ -80,3 +80,9 @@ class Unfitted(Aligner):
 
     def require_codec(self, spec: str) -> None:
         """Every codec is covered."""
+
+
+def require_positive(name: str, value: int) -> None:
+    """Raise `UsageError` for an option that counts something and is below 1."""
+    if value < 1:
+        raise UsageError(f"{name} is {value}, out of range", cure="Give at least 1")

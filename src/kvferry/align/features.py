@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from kvferry.errors import UsageError
 from kvferry.kv import KV, Geometry, Group
 
 
@@ -22,7 +23,12 @@ def with_neighbours(kv: KV, n: int) -> Float[Tensor, "batch tokens wide"]:
 
 
 def look_back(features: Float[Tensor, "batch tokens features"], n: int) -> Float[Tensor, "batch tokens wide"]:
-    """`with_neighbours` for features in the hand, which are zero for tokens that are not there."""
+    """`with_neighbours` for features in the hand, which are zero for tokens that are not there.
+
+    Raises `UsageError` for fewer than 1, the token itself.
+    """
+    if n < 1:
+        raise UsageError(f"neighbours is {n}, out of range", cure="Give at least 1, the token itself")
     n_tokens = features.shape[1]
     return torch.cat([functional.pad(features, (0, 0, back, 0))[:, :n_tokens] for back in range(n)], -1)
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvferry.align.contract import Aligner, Contract
+from kvferry.align.contract import Aligner, Contract, require_positive
 from kvferry.align.features import as_receiver
 from kvferry.align.runs import in_runs
 from kvferry.kv import KV
@@ -67,6 +67,8 @@ class HubPair(Aligner):
     def __init__(self, contract: Contract, dim: int = 256, neighbours: int = 1, places: int = 1) -> None:
         super().__init__(contract)
         self.dim, self.neighbours, self.places = dim, neighbours, places
+        for name in ("dim", "neighbours", "places"):
+            require_positive(name, getattr(self, name))
         self.encoder = Encoder(neighbours * contract.sender.floats_per_token, dim)
         self.decoder = Decoder(contract.receiver.floats_per_token, dim, places)
 

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kvferry.align.contract import Contract
+from kvferry.align.contract import Contract, require_positive
 from kvferry.align.kv_projector import output_norms
 from kvferry.align.parts import Layers
 from kvferry.align.projector import Projector
@@ -30,6 +30,7 @@ class KVCacheProjectorMLP(Projector):
         output_norm: bool = False,
     ) -> None:
         super().__init__(contract, sources, targets, neighbours)
+        require_positive("hidden_dim", hidden_dim)
         self.hidden_dim, self.output_norm = hidden_dim, output_norm
         norms = output_norms(self, output_norm)
         self.mlp = nn.ModuleList(

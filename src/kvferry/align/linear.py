@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvferry.align.contract import Aligner, Contract
+from kvferry.align.contract import Aligner, Contract, require_positive
 from kvferry.align.features import as_receiver, with_neighbours
 from kvferry.kv import KV
 
@@ -26,6 +26,7 @@ class Linear(Aligner):
 
     def __init__(self, contract: Contract, neighbours: int = 1) -> None:
         super().__init__(contract)
+        require_positive("neighbours", neighbours)
         self.neighbours = neighbours
         n_in, n_out = neighbours * contract.sender.floats_per_token, contract.receiver.floats_per_token
         self.weight = nn.Parameter(torch.zeros(n_in, n_out))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvferry.align.classwise import scaled
-from kvferry.align.contract import Contract
+from kvferry.align.contract import Contract, require_positive
 from kvferry.align.features import as_receiver
 from kvferry.align.ridge import Sums, solve, standardise
 from kvferry.align.runs import in_runs
@@ -45,6 +45,8 @@ class NarrowMLP(Whitened):
         seen: int | None = None,
     ) -> None:
         super().__init__(contract)
+        require_positive("neighbours", neighbours)
+        require_positive("places", places)
         self.rank, self.neighbours, self.places = rank, neighbours, places
         self.folded, self.seen = folded, seen
         n_in, n_out = neighbours * contract.sender.floats_per_token, contract.receiver.floats_per_token

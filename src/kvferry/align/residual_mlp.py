@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvferry.align.classwise import Classwise, by_class
-from kvferry.align.contract import Contract
+from kvferry.align.contract import Contract, require_positive
 from kvferry.align.features import as_receiver, with_neighbours
 from kvferry.align.receiver_grid import N_CLASSES, classes_of
 from kvferry.align.ridge import Sums, solve, standardise
@@ -40,6 +40,8 @@ class ResidualMLP(Whitened):
         classes: bool = False,
     ) -> None:
         super().__init__(contract)
+        require_positive("neighbours", neighbours)
+        require_positive("hidden", hidden)
         self.neighbours, self.hidden, self.folded, self.classes = neighbours, hidden, folded, classes
         n_in, n_out = neighbours * contract.sender.floats_per_token, contract.receiver.floats_per_token
         self.inner = nn.Parameter(torch.zeros(n_in, n_out))

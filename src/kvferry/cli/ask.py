@@ -21,6 +21,7 @@ from kvferry.cli.choices import (
     choose_codec,
     choose_selector,
     read_context,
+    read_question,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def ask(
     json: JsonFlag = False,
 ) -> None:
     """Let one model read a text and another one answer a question about it."""
-    text = read_context(context)
+    text, asked = read_context(context), read_question(question)
     coder, selector = choose_codec(codec), choose_selector(select)
     from kvferry.cli.exchange import read, show
     from kvferry.models.load import load
@@ -52,8 +53,8 @@ def ask(
     model = load(sender)  # an unknown name is told before that of an aligner
     answerer = Receiver(load(receiver), choose_aligner(aligner, sender, receiver))
     reader = Sender(model, coder, answerer.onto, selector, answerer.aligner)
-    message, times = read(reader, text, max_bytes, question)
-    show(asyncio.run(_ask_here(answerer, reader.hello(), message, question, times)), json)
+    message, times = read(reader, text, max_bytes, asked)
+    show(asyncio.run(_ask_here(answerer, reader.hello(), message, asked, times)), json)
 
 
 async def _ask_here(

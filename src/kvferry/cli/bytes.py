@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.choices import SENDER, choose_codec
+from kvferry.cli.paths import require_files
 
 if TYPE_CHECKING:
     from kvferry.lab.drift import Drift, Spread
@@ -28,6 +29,7 @@ def count_bytes(
     from kvferry.lab.drift import DEFAULT_CODECS, contexts, drifts
     from kvferry.session.sender import Sender
 
+    require_files(json)
     chosen = [part.strip() for part in codecs.split(";")] if codecs else DEFAULT_CODECS
     coders = [choose_codec(spec) for spec in chosen]
     texts = contexts(n, seed)

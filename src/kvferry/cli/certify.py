@@ -18,6 +18,7 @@ from kvferry.cli.choices import (
     choose_aligner,
     choose_codec,
 )
+from kvferry.cli.paths import require_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +42,7 @@ def certify(
     receiver: ReceiverOption = RECEIVER,
     data: TextsOption = None,
     n: Annotated[int, typer.Option(help="Texts to measure on.")] = 16,
-    seed: Annotated[int, typer.Option(help="Decides which texts are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which texts are drawn.")] = 0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the certificate as JSON.")] = None,
 ) -> None:
     """Bound what a codec's error can do to the receiver's attention behind an aligner, and measure what it does."""
@@ -53,6 +54,7 @@ def certify(
     from kvferry.train.certify import certify as certify_way
     from kvferry.train.examples import source_of
 
+    require_files(json)
     chosen, folder = choose_codec(codec), aligner_folder(choose_aligner(aligner, sender, receiver) or aligner)
     hold_profiles(folder)
     source, target = load(sender), load(receiver)

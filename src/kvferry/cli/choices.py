@@ -83,11 +83,22 @@ def read_key(file: Path | None) -> bytes | None:
     return key
 
 
-def choose_codec(spec: str) -> "Codec":
-    """The codec of a spec; a `UsageError` for one that is none, before a model is loaded."""
-    from kvferry.codec import CODECS
+def read_question(text: str) -> str:
+    """The question; an `EmptyContext` for one without words, before a model is loaded."""
+    if not text.strip():
+        raise EmptyContext(f"the question {text!r} is empty", cure="Ask something about the context")
+    return text
 
-    return CODECS.parse(spec)
+
+def choose_codec(spec: str) -> "Codec":
+    """The codec of a spec, its profile at hand if it names a file; a `UsageError` or `FolderError` for one that is
+    none, before a model is loaded."""
+    from kvferry.codec import CODECS
+    from kvferry.codec.profiles import profiles_of
+
+    codec = CODECS.parse(spec)
+    profiles_of([repr(codec)])  # one named by hash may lie in the aligner's folder, which is not open yet
+    return codec
 
 
 def choose_selector(spec: str) -> "Selector":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.choices import AlignerOption, choose_aligner
+from kvferry.cli.paths import require_files, require_folders
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,8 @@ def curve(
     from kvferry.lab.curve.spec import specs_of
     from kvferry.lab.curve.task import task_of
 
+    require_files(json, csv, png)
+    require_folders(cache)
     if png:
         require_matplotlib()
     named = specs_of(specs or [], specs_file)

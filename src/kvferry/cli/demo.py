@@ -13,6 +13,7 @@ from kvferry.cli.choices import (
     SenderOption,
     choose_aligner,
 )
+from kvferry.cli.paths import require_files, require_folders
 
 if TYPE_CHECKING:
     from kvferry.lab.demo import Demo, DemoResult
@@ -33,6 +34,8 @@ def demo(
     from kvferry.lab.demo import Demo
     from kvferry.lab.report import require_tools
 
+    require_files(json)
+    require_folders(report)
     if report:
         require_tools()
     result = _run(Demo(sender, receiver, choose_aligner(aligner, sender, receiver), items, seed))

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from kvferry.cli.choices import JsonFlag
+from kvferry.cli.choices import JsonFlag, choose_aligner
+from kvferry.cli.paths import require_files
 
 
 def export(
@@ -19,12 +20,11 @@ def export(
     json: JsonFlag = False,
 ) -> None:
     """Write an aligner's map from features to features as an ONNX graph, checked against torch."""
-    from kvferry.align import shipped
     from kvferry.align.export import export_onnx
     from kvferry.align.folder import load_aligner
 
-    folder = shipped.aligner_path(*aligner.split("-to-")) if aligner in shipped.names() else aligner
-    loaded = load_aligner(folder)
+    require_files(onnx)
+    loaded = load_aligner(choose_aligner(aligner, "", "") or aligner)
     with _quiet_exporter():
         error = export_onnx(loaded, onnx)
     n_bytes = onnx.stat().st_size

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvferry.cli.choices import RECEIVER, SENDER, DataOption, JsonFlag, ReceiverOption, SenderOption
+from kvferry.cli.paths import require_files, require_folders
+from kvferry.errors import UsageError
 
 if TYPE_CHECKING:
     from kvferry.train.recipe import FitRecipe
@@ -71,18 +73,13 @@ def fit(
 ) -> None:
     """Fit an aligner: in closed form, then by the receiver's answers, through every codec in turn."""
     from kvferry.cli.fitting import fit_auto, fit_one, show
-    from kvferry.errors import UsageError
     from kvferry.models.load import load, public_name
     from kvferry.train.auto import AUTO_RECIPE
     from kvferry.train.fit import DEFAULT_RECIPE
     from kvferry.train.recipe import load_recipe
 
-    if max_mb is not None and not auto:
-        raise UsageError("--max-mb without --auto", cure="Say --auto, or choose the map by --aligner")
     beside = _given(aligner=aligner, grid=grid, checkpoints=checkpoints, journal=journal)
-    if auto and beside:
-        cure = "Leave it out: --auto tries every map on either grid"
-        raise UsageError(f"--{next(iter(beside))} with --auto", cure=cure)
+    _check_auto(auto, max_mb, list(beside))
     base = load_recipe(recipe) if recipe else AUTO_RECIPE if auto else DEFAULT_RECIPE
     chosen = replace(
         base,
@@ -90,6 +87,8 @@ def fit(
         data=replace(base.data, **_given(source=data, texts=texts, batch_size=batch_size)),
         **_given(aligner=aligner, grid=grid, codecs=_specs(codecs), selections=_specs(selections)),
     )
+    require_folders(out, checkpoints)
+    require_files(journal)
     models = load(sender), load(receiver)
     names = public_name(sender), public_name(receiver)
     if auto:
@@ -100,6 +99,17 @@ def fit(
         report = fit_one(models, chosen, checkpoints, journal, _command(names, which, chosen))
     report.save(out)
     show(report, out, json)
+
+
+def _check_auto(auto: bool, max_mb: float | None, beside: list[str]) -> None:
+    """A `UsageError` for options that do not go together."""
+    if max_mb is not None and not auto:
+        raise UsageError("--max-mb without --auto", cure="Say --auto, or choose the map by --aligner")
+    if max_mb is not None and not max_mb > 0:
+        raise UsageError(f"--max-mb {max_mb:g}", cure="Give more than 0 MB")
+    if auto and beside:
+        cure = "Leave it out: --auto tries every map on either grid"
+        raise UsageError(f"--{beside[0]} with --auto", cure=cure)
 
 
 def _given(**options: object) -> dict[str, Any]:

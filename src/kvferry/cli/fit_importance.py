@@ -16,6 +16,7 @@ from kvferry.cli.choices import (
     TextsOption,
     choose_aligner,
 )
+from kvferry.cli.paths import require_folders
 
 
 def fit_importance(
@@ -48,6 +49,7 @@ def fit_importance(
 
     plain = ImportanceRecipe(codec, lowest_bits, highest_bits, batch_size=batch_size, seed=seed)
     recipe = replace(plain, loop=replace(plain.loop, steps=steps, seed=seed))
+    require_folders(out)
     reader = load(sender)
     answers = reader if sender == receiver else load(receiver)
     answering = Receiver(answers, choose_aligner(aligner, sender, receiver))

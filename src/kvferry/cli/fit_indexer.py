@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.choices import SENDER, DataOption, JsonFlag, ModelOption
+from kvferry.cli.paths import require_folders
 
 if TYPE_CHECKING:
     from kvferry.train.indexer_fit import FittedIndexer, IndexerRecipe
@@ -35,11 +36,14 @@ def fit_indexer(
     from kvferry.train.indexer_card import indexer_card
     from kvferry.train.indexer_fit import DEFAULT_LOOP, IndexerRecipe
     from kvferry.train.indexer_fit import fit_indexer as fit
+    from kvferry.train.sources.example import require_splits
 
     loop = replace(DEFAULT_LOOP, steps=steps, learning_rate=learning_rate, seed=seed)
     recipe = IndexerRecipe(heads, dim, batch_size, max_tokens, loop=loop)
+    require_folders(out)
     reader = load(model)
     source = source_of(data, reader.prompt)
+    require_splits(source)
     fitted = fit(reader, source, recipe)
     card = indexer_card(
         fitted, public_name(model), described(source), _command(public_name(model), data, recipe)

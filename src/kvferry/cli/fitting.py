@@ -17,6 +17,7 @@ from kvferry.train.loop import Step
 from kvferry.train.recipe import FitRecipe
 from kvferry.train.report import Report, report_choice, report_fit
 from kvferry.train.scores import Score
+from kvferry.train.sources.example import Source, require_splits
 
 Models = tuple[Model, Model]
 
@@ -25,7 +26,7 @@ def fit_one(
     models: Models, recipe: FitRecipe, checkpoints: Path | None, journal: Path | None, command: str
 ) -> Report:
     """The map of the recipe."""
-    source = recipe.data.open(models[1].prompt)
+    source = _open(recipe, models)
     with ExitStack() as stack:
         show = stack.enter_context(_progress(recipe.loop.steps))
         log = stack.enter_context(Journal(journal)) if journal else None
@@ -42,9 +43,15 @@ def fit_one(
 
 def fit_auto(models: Models, recipe: FitRecipe, max_mb: float | None, command: str) -> Report:
     """The best map of all that are cheap."""
-    start, source = time.perf_counter(), recipe.data.open(models[1].prompt)
+    start, source = time.perf_counter(), _open(recipe, models)
     choice = choose(*models, source, recipe, max_mb=max_mb, on_candidate=_tell)
     return report_choice(choice, _names(models), command, time.perf_counter() - start)
+
+
+def _open(recipe: FitRecipe, models: Models) -> Source:
+    source = recipe.data.open(models[1].prompt)
+    require_splits(source)
+    return source
 
 
 def show(report: Report, out: Path, json: bool) -> None:

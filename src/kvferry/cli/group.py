@@ -9,6 +9,7 @@ from kvferry.errors import KvferryError
 
 _BUGS = (OSError, RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _NOT_OURS = (typer.Exit, typer.Abort, BrokenPipeError)
+_MISUSE: Any = typer.BadParameter.__base__  # a call that cannot be read; the class has no public name
 
 
 class Verbs(TyperGroup):
@@ -19,6 +20,11 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except _NOT_OURS:
             raise
+        except _MISUSE as error:
+            said = error.format_message()
+            if "\n" in said:  # no error, but the help of a group that was called without a verb
+                raise
+            _end(f"error: {said.rstrip('.')}. See {error.ctx.command_path} --help", error.exit_code)
         except (KvferryError, *_BUGS) as error:
             if ctx.params["debug"]:
                 raise

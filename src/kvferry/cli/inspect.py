@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.choices import JsonFlag, KeyFileOption, read_key
+from kvferry.cli.paths import require_readable
 
 if TYPE_CHECKING:
     from kvferry.session.survey import Survey
@@ -21,6 +22,7 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Show header, segments and sizes of a message. No model is needed. Exit code 1 if it is damaged."""
+    require_readable(file, "pack")
     from kvferry.session.message import Message
     from kvferry.session.survey import survey
 

@@ -22,6 +22,7 @@ from kvferry.cli.choices import (
     read_context,
     read_key,
 )
+from kvferry.cli.paths import require_file, require_readable
 from kvferry.errors import BudgetTooSmall, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def pack_file(
     if cache is not None and onto is not None:
         raise UsageError("--onto for a cache", cure="Leave it out: a cache stays on the tokens that it has")
     text = None if context is None else read_context(context)
+    if cache is not None:
+        require_readable(cache, "unpack")
+    require_file(out)
     key, coder, selector = read_key(key_file), choose_codec(codec), choose_selector(select)
     from kvferry.session.sender import Sender
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvferry.cli.choices import SENDER, JsonFlag, ModelOption, TextsOption
+from kvferry.cli.paths import require_file
 
 
 def profile(
@@ -29,6 +30,7 @@ def profile(
     from kvferry.train.examples import source_of
     from kvferry.train.profile import ProfileRecipe, fit_profile
 
+    require_file(out)
     recipe = ProfileRecipe(n_contexts=contexts, draws=draws, floor=floor, ridge=ridge, seed=seed)
     reader, start = load(model), time.perf_counter()
     fitted = fit_profile(reader, source_of(data, reader.prompt), recipe)

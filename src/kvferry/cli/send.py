@@ -22,6 +22,7 @@ from kvferry.cli.choices import (
     choose_codec,
     choose_selector,
     read_context,
+    read_question,
 )
 
 if TYPE_CHECKING:
@@ -42,14 +43,12 @@ def send(
     json: JsonFlag = False,
 ) -> None:
     """Read a text and let a running receiver (kvferry serve) answer a question about it."""
-    text = read_context(context)
+    text, asked = read_context(context), read_question(question)
     coder, selector = choose_codec(codec), choose_selector(select)
     from kvferry.cli.exchange import show
     from kvferry.session.sender import Sender
 
-    show(
-        asyncio.run(_send(Sender(sender, coder, onto, selector), text, max_bytes, question, host, port)), json
-    )
+    show(asyncio.run(_send(Sender(sender, coder, onto, selector), text, max_bytes, asked, host, port)), json)
 
 
 async def _send(

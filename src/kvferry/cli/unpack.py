@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvferry.cli.choices import SENDER, KeyFileOption, SenderOption, read_key
+from kvferry.cli.paths import require_file, require_readable
 from kvferry.errors import ContractError
 
 
@@ -16,6 +17,8 @@ def unpack_file(
     key_file: KeyFileOption = None,
 ) -> None:
     """Decode a message and write its cache to a file of safetensors, whole or not at all."""
+    require_readable(file, "pack")
+    require_file(out)
     from kvferry.session.message import Message
     from kvferry.wire import MessageKind, unpack
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from kvferry.codec.profile import Profile, load_profile
-from kvferry.errors import FolderError, ForeignProfile
+from kvferry.errors import ForeignProfile, MissingFolder
 from kvferry.spec import read_call
 
 NONE = "none"
@@ -46,7 +46,8 @@ def hold(profile: Profile) -> Profile:
 def find_profile(name: str) -> Profile:
     """The profile of a hash, of a shipped model, or in a file; held from then on.
 
-    Raises `ForeignProfile` for a hash that is not held, `FolderError` for a file that is none.
+    Raises `ForeignProfile` for a hash that is not held, `MissingFolder` where there is no file,
+    `FolderError` for one that holds none.
     """
     if _HASHED.fullmatch(name):
         return _by_hash(name)
@@ -54,7 +55,7 @@ def find_profile(name: str) -> Profile:
         return _load(_SHIPPED / f"{name}.safetensors")
     if not Path(name).is_file():
         cure = f"Give a file, or one of {', '.join(shipped_profiles())}"
-        raise FolderError(f"there is no profile {name}", cure=cure)
+        raise MissingFolder(f"there is no profile {name}", cure=cure)
     return _load(Path(name))
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from kvferry.errors import FolderError, UnknownName, UsageError
+from kvferry.errors import FolderError, MissingFolder, UnknownName, UsageError
 from kvferry.kv import Geometry, Role
 from kvferry.models.fingerprint import tokenizer_fingerprint
 from kvferry.models.geometry import read_geometry
@@ -83,9 +85,13 @@ def load(
 ) -> Model:
     """Load a zoo member (`"llama"`), a local folder or a hub id (`"Qwen/Qwen3-0.6B"`).
 
-    Raises `UnknownName` for a name that is none of them, `ModelRefused` for a model kvferry cannot carry.
+    Raises `UnknownName` or `MissingFolder` for a name that is none of them, `FolderError` for a folder that holds no
+    model, `ModelRefused` for a model kvferry cannot carry.
     """
     where = _locate(name)
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        cure = "Give a Hugging Face folder or hub id of a decoder-only model"
+        raise MissingFolder(f"there is no model in {name!r}: it has no config.json", cure=cure)
     with _readable(name, "a decoder-only model"):
         tokenizer = AutoTokenizer.from_pretrained(where)
         hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
@@ -120,9 +126,16 @@ def public_name(model: str) -> str:
 def _locate(name: str) -> str:
     if name in zoo_names():
         return str(zoo_path(name))
-    if Path(name).is_dir() or "/" in name:
+    if Path(name).is_dir():
         return name
-    raise UnknownName("model", name, zoo_names())
+    if "/" not in name:
+        raise UnknownName("model", name, zoo_names())
+    cure = "Give a zoo name, a Hugging Face folder or a hub id"
+    try:
+        snapshot_download(name, allow_patterns="config.json")  # transformers would try for a minute
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise MissingFolder(f"there is no model {name!r}, here or on the hub", cure=cure) from error
+    return name
 
 
 @contextlib.contextmanager

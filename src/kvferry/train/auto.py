@@ -13,6 +13,7 @@ from kvferry.errors import UsageError
 from kvferry.metrics.paired import Paired, paired
 from kvferry.models.load import Model
 from kvferry.train.cases import Way
+from kvferry.train.closed import fresh
 from kvferry.train.examples import Source
 from kvferry.train.fidelity import Fidelity, fidelity
 from kvferry.train.fit import (
@@ -107,16 +108,25 @@ def choose(
         for grid in _grids(sender, receiver):
             own = replace(recipe, grid=grid)
             materials[grid] = prepare(Route(sender, receiver, grid), source, own, NEIGHBOURS)
+            _require_one_fits(materials[grid], max_mb)
             for candidate in _candidates(materials[grid]):
                 found.append(candidate)
                 if on_candidate is not None:
                     on_candidate(candidate)
         fitting = [one for one in found if max_mb is None or one.mb <= max_mb]
-        if not fitting:
-            enough = math.ceil(100 * min(one.mb for one in found)) / 100
-            raise UsageError(f"no map is as small as {max_mb} MB", cure=f"Allow {enough:.2f} MB")
         best = min(fitting, key=lambda one: one.rank)
         return _judged(best, found, materials[best.grid])
+
+
+def _require_one_fits(material: Material, max_mb: float | None) -> None:
+    """Before any of them is solved: sizes are those of the shapes. On either grid the smallest is of these."""
+    if max_mb is None:
+        return
+    maps = (fresh(spec, material.contract, material.pairs, material.held_out) for spec in CLOSED)
+    smallest = min(map(megabytes, maps))
+    if not smallest <= max_mb:
+        enough = math.ceil(100 * smallest) / 100
+        raise UsageError(f"no map is as small as {max_mb} MB", cure=f"Allow {enough:.2f} MB")
 
 
 def _grids(sender: Model, receiver: Model) -> tuple[Grid, ...]:

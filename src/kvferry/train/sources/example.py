@@ -27,6 +27,16 @@ class Source(Protocol):
     def examples(self, split: Split, seed: int) -> Iterator[Example]: ...
 
 
+def require_splits(source: Source) -> None:
+    """Draw an example of each split: a text too short for one is refused now, not when training is done.
+
+    Raises what the source raises.
+    """
+    splits: tuple[Split, ...] = ("train", "dev", "test")
+    for split in splits:
+        next(source.examples(split, 0))
+
+
 def passage(text: str, rng: Random) -> Example:
     """A stretch of a text and what follows it, scored after its first word. A short text is cut at three quarters."""
     room = len(text) - 2 * (PASSAGE_CHARS + CONTINUATION_CHARS)

@@ -12,7 +12,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        cure = "Give a UTF-8 text or JSON lines file"
+        cure = "Give a file of UTF-8 text that you may read"
         raise UsageError(f"cannot read {path}: {error.strerror}", cure=cure) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no UTF-8 at byte {error.start}", cure="Convert it to UTF-8") from None
