@@ -9,7 +9,7 @@ from kvferry.align.hub import Hub
 from kvferry.lab.arms import RAW
 from kvferry.lab.hub_fit import CODED_WITH, HubRecipe, both_ways, founded, join, pair_between
 from kvferry.lab.items import Worlds, right
-from kvferry.lab.pairs import relayed
+from kvferry.lab.pairs import by_pair, cells, relayed
 from kvferry.lab.pairs_fit import route_of
 from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
@@ -64,20 +64,9 @@ def run_hub(settings: HubSettings, on_point: Callable[[Point], None] = lambda po
 
 def hub_sheet(points: Sequence[Point]) -> Sheet:
     """A row for each pair."""
-    pairs = dict.fromkeys((point.sender, point.receiver) for point in points)
     title = f"Over a hub: {points[0].task}, {points[0].n} items"
-    return Sheet(
-        title, ("", "raw", "int8", "MB", "fit s"), tuple(_row(points, *pair) for pair in pairs), _LEGEND
-    )
-
-
-def _row(points: Sequence[Point], sender: str, receiver: str) -> tuple[str, ...]:
-    found = {point.arm: point for point in points if (point.sender, point.receiver) == (sender, receiver)}
-    raw, coded = found["kv_raw"], found["kv_int8"]
-    low, high = raw.ci95["accuracy"] or (0.0, 0.0)
-    cost = (f"{raw.metrics['mb']:.2f}", f"{raw.metrics['fit_cpu_seconds']:.0f}")
-    cell = f"{raw.accuracy:.3f} ({low:.3f} to {high:.3f})"
-    return (f"{sender} to {receiver}", cell, f"{coded.accuracy:.3f}", *cost)
+    rows = tuple(cells(arms, ("kv_raw", "kv_int8")) for arms in by_pair(points))
+    return Sheet(title, ("", "raw", "int8", "MB", "fit s"), rows, _LEGEND)
 
 
 def _point(
