@@ -142,6 +142,14 @@ def test_a_broken_folder_is_refused(contract, tmp_path, harm):
         load_aligner(folder)
 
 
+def test_weights_that_are_no_numbers_are_refused(contract, tmp_path):
+    broken = Linear(contract)
+    broken.bias.data[0] = torch.nan
+    save_aligner(broken, tmp_path / "a", card="")
+    with pytest.raises(FolderError, match=r"bias in .* NaN or infinite\. Fit it anew"):
+        load_aligner(tmp_path / "a")
+
+
 def test_unknown_methods_and_folders_are_named(contract, tmp_path):
     save_aligner(Linear(contract), tmp_path / "a", card="")
     config = json.loads((tmp_path / "a" / "config.json").read_text())

@@ -184,6 +184,12 @@ def test_the_smallest_cap_that_is_named_works(tmp_path: Path) -> None:
     kvferry(*call, smallest, stdin=CONTEXT)
 
 
+def test_a_group_without_a_verb_shows_its_help() -> None:
+    done = CliRunner().invoke(app, ["bench"])
+    assert done.exit_code == 2
+    assert "progressive" in done.output and "error" not in done.stderr
+
+
 def test_a_key_seals_and_opens(tmp_path: Path) -> None:
     key, other, out = tmp_path / "key", tmp_path / "other", tmp_path / "m.kvw"
     key.write_bytes(bytes(range(32)))

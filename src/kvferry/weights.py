@@ -66,8 +66,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Fill a module of the right shape with the folder's weights, all of them and no other."""
+    """Fill a module of the right shape with the folder's weights, all of them and no other; all are finite."""
     load_model(module, str(folder / "model.safetensors"))
+    for name, tensor in module.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise FolderError(f"{name} in {folder} has numbers that are NaN or infinite", cure="Fit it anew")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Verbs(TyperGroup):
             raise
         except _MISUSE as error:
             said = error.format_message()
-            if "\n" in said:  # no error, but the help of a group that was called without a verb
+            if len(said.splitlines()) != 1:  # a group without a verb: its help
                 raise
             _end(f"error: {said.rstrip('.')}. See {error.ctx.command_path} --help", error.exit_code)
         except (KvferryError, *_BUGS) as error:
