@@ -40,9 +40,9 @@ def fit_importance(
     """Learn which slots count, for --select "lagrangian(importance='DIR')": fewer bytes at equal accuracy."""
     from dataclasses import replace
 
+    from kvferry.cli.data import source_named
     from kvferry.models.load import load
     from kvferry.session.receiver import Receiver
-    from kvferry.train.examples import source_of
     from kvferry.train.importance_fit import ImportanceRecipe, card_of, write_importance
     from kvferry.train.importance_fit import fit_importance as fit
     from kvferry.train.route import Route
@@ -58,7 +58,7 @@ def fit_importance(
     importance = fit(
         route,
         answering.aligner,
-        source_of(data, reader.prompt),
+        source_named(data, reader, answers),
         recipe,
         lambda step: losses.append(step.loss),
     )

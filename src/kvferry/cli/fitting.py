@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvferry.cli.data import source_named
 from kvferry.models.load import Model, public_name
 from kvferry.train.auto import Candidate, choose
 from kvferry.train.fit import Watch, fit
@@ -49,7 +50,7 @@ def fit_auto(models: Models, recipe: FitRecipe, max_mb: float | None, command: s
 
 
 def _open(recipe: FitRecipe, models: Models) -> Source:
-    source = recipe.data.open(models[1].prompt)
+    source = source_named(recipe.data.source, *models)
     require_splits(source)
     return source
 

@@ -16,10 +16,8 @@ from kvferry.align.contract import Grid
 from kvferry.align.folder import aligner_class
 from kvferry.codec import CODECS, Codec
 from kvferry.errors import BadSpec, UnknownName, UsageError
-from kvferry.models.prompt import Prompt
 from kvferry.select.contract import Selector
 from kvferry.spec import read_call
-from kvferry.train.examples import Source, source_of
 from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.objective import loss_of
 from kvferry.train.selection import selection_of
@@ -56,7 +54,7 @@ def _weight(value: float) -> float:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is read (`worlds`, `places`, a file, or `datasets:NAME[:COLUMN]`, see `source_of`), and how much at once."""
+    """What is read, by a name as `source_of` knows it, a path from the current folder; and how much at once."""
 
     source: str = "worlds"
     texts: int = 512
@@ -68,10 +66,6 @@ class DataRecipe:
         for name, value in (("texts", self.texts), ("batch_size", self.batch_size)):
             if value < 1:
                 raise UsageError(f"{name} is {value}, out of range", cure="Give at least 1")
-
-    def open(self, prompt: Prompt) -> Source:
-        """Examples as this receiver is asked; a path is taken from the current folder."""
-        return source_of(self.source, prompt)
 
 
 @dataclass(frozen=True)
