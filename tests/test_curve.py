@@ -389,6 +389,14 @@ def test_what_would_fail_later_is_refused_first(road: Road):
     settings = Settings(PLACE, specs_of(["all | int(bits=2)"]), CAPS)
     with pytest.raises(CodecNotCovered, match=r"--aligner DIR"):
         require(across, settings)
+    for specs, n, what in (
+        (["lagrangian | int(bits=4)"], 8, "no precision classes for lagrangian"),
+        (["lightning | ecsq"], 8, "without an indexer"),
+        (["all | ecsq"], 3, "even number"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            require(road, Settings(PLACE, specs_of(specs), CAPS, n))
+        assert what in str(refused.value)
     stories = Settings(Task("continuation", 0), specs_of(["question | raw"]), CAPS)
     with pytest.raises(UsageError, match="stories ask none"):
         require(road, stories)

@@ -14,10 +14,12 @@ from contract import cache
 from kvferry.codec import CODECS
 from kvferry.errors import BudgetTooSmall, FolderError, ForeignModel, UsageError
 from kvferry.kv import Plan
+from kvferry.models.load import load
 from kvferry.select import SELECTORS
 from kvferry.select.importance import IMPORTANCES, Importance
 from kvferry.select.sight import Budget, alone
 from kvferry.session.selecting import encode_sight, plan_of
+from kvferry.session.sender import Sender
 from kvferry.wire import pack
 
 quick = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
@@ -156,6 +158,21 @@ def test_an_importance_of_another_grid_is_refused(folder):
 def test_an_importance_of_another_sender_is_refused(folder):
     with pytest.raises(ForeignModel, match="fit-importance"):
         IMPORTANCES.load(folder, cache(shapes=((1, 2, 2),)).geometry)
+
+
+def test_a_sender_refuses_what_its_selector_lacks_before_it_reads(folder, tmp_path):
+    llama = load("llama")
+    for spec, error, what in (
+        (f"lagrangian(importance={str(folder)!r})", ForeignModel, "fitted for model"),
+        (f"lagrangian(importance={str(tmp_path / 'none')!r})", UsageError, "fit-importance --out"),
+        (f"adaptive(inner='lightning(indexer=\"{tmp_path / 'none'}\")')", UsageError, "fit-indexer --out"),
+        ("lightning", UsageError, "without an indexer"),
+    ):
+        with pytest.raises(error) as refused:
+            Sender(llama, "ecsq", select=spec)
+        assert what in str(refused.value)
+    with pytest.raises(UsageError, match=r"int\(bits=4\) has no precision classes for lagrangian"):
+        Sender(llama, "int(bits=4)", select="lagrangian")
 
 
 def test_a_corrupt_or_missing_folder_is_refused(folder, tmp_path):

@@ -75,15 +75,17 @@ def curve(
     from kvferry.lab.curve.plot import require_matplotlib
     from kvferry.lab.curve.road import pair_named
     from kvferry.lab.curve.run import Settings, require
-    from kvferry.lab.curve.spec import specs_of
+    from kvferry.lab.curve.spec import DEFAULT_SPECS, specs_of
     from kvferry.lab.curve.task import task_of
 
     require_files(json, csv, png)
     require_folders(cache)
     if png:
         require_matplotlib()
-    named = specs_of(specs or [], specs_file)
-    settings = Settings(task_of(task), named, caps_of(caps or DEFAULT_CAPS), items, dev_items, seeds)
+    named = specs_of(specs or ([] if specs_file else DEFAULT_SPECS), specs_file)
+    settings = Settings(
+        task_of(task), named, caps_of(DEFAULT_CAPS if caps is None else caps), items, dev_items, seeds
+    )
     console = Console(stderr=True, highlight=False)
     road = _road(pair_named(pair), settings, aligner, cache, fit_texts, console)
     require(road, settings)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvferry.errors import BadSpec, ShapeMismatch
-from kvferry.kv import KV, Plan
+from kvferry.kv import KV, Geometry, Plan
 from kvferry.select.all import All
 from kvferry.select.contract import Selector, TokenSelector
 from kvferry.select.sight import Budget, Sight
@@ -44,6 +44,9 @@ class Adaptive(Selector):
     def since(self, now: Sight, before: Sight) -> "Adaptive":
         """This policy for a message after another one."""
         return replace(self, change=content_change(now.kv, before.kv))
+
+    def require_sender(self, geometry: Geometry) -> None:
+        self._selector().require_sender(geometry)
 
     def plan(self, sight: Sight, budget: Budget | None = None) -> Plan:
         sight.kv.require_finite()

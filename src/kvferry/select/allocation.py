@@ -46,8 +46,8 @@ class Allocation(Selector):
         if budget is None:
             return whole
         if budget.offer is None:
-            cure = "Use a codec with precision classes (ecsq, mixed), or a selector of tokens"
-            raise UsageError("this codec has no precision classes to choose from", cure=cure)
+            cure = "Hand in a budget with the codec's offer (codec.menu)"
+            raise UsageError(f"{self.brief()} chooses precision classes, and none are offered", cure=cure)
         menu = budget.offer()
         return _fitted(ClassTable.of(sight.kv, menu, self.counts(sight, menu), held), whole, budget)
 

@@ -43,7 +43,7 @@ class BoundFolder(Generic[M]):
             folder = find_folder(where, self.name)
         except FolderError as error:
             cure = f"Fit one with {self.command} --out DIR, or give the hub id of one"
-            raise FolderError(error.what, cure=cure) from None
+            raise type(error)(error.what, cure=cure) from None
         with readable(where, self.name):
             times = tuple((folder / name).stat().st_mtime_ns for name in ("config.json", "model.safetensors"))
             return _load(self, folder, geometry, torch.device(device), times)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvferry.errors import BadSpec, EmptyContext, NotFinite
-from kvferry.kv import Need, Plan, Role
+from kvferry.kv import Geometry, Need, Plan, Role
 from kvferry.select.most import most
 from kvferry.select.sight import Budget, Sight
 from kvferry.spec import Method
@@ -45,6 +45,12 @@ class Selector(Method, ABC):
 
         Raises `EmptyContext` for a scope without slots, `NotFinite` for scores that are NaN, `BudgetTooSmall` with
         the smallest cap that would do.
+        """
+
+    def require_sender(self, geometry: Geometry) -> None:
+        """Load now what lies in files, for this sender: a selector that has none needs nothing.
+
+        Raises `FolderError` or `ForeignModel`, as `plan` would after everything was read.
         """
 
     def eligible(self, sight: Sight) -> Bool[Tensor, "layers slots"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvferry.kv import Menu
+from kvferry.kv import Geometry, Menu
 from kvferry.select.allocation import Allocation
 from kvferry.select.importance import IMPORTANCES
 from kvferry.select.sight import Sight
@@ -28,6 +28,10 @@ class Lagrangian(Allocation):
 
     name: ClassVar[str] = "lagrangian"
     importance: str = EVEN
+
+    def require_sender(self, geometry: Geometry) -> None:
+        if self.importance != EVEN:
+            IMPORTANCES.load(self.importance, geometry)
 
     def counts(self, sight: Sight, menu: Menu) -> Float[Tensor, "layers 2 slots"]:
         kv = sight.kv

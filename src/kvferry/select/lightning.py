@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvferry.errors import BadSpec, UsageError
-from kvferry.kv import Need
+from kvferry.kv import Geometry, Need
 from kvferry.metrics.attention import softmax_seen, visible_slots
 from kvferry.select.attention import on_slots, recorded
 from kvferry.select.contract import TokenSelector
@@ -37,12 +37,18 @@ class Lightning(TokenSelector):
         if self.window < 1:
             raise BadSpec(f"lightning(window={self.window})", cure="window is 1 or more")
 
+    def require_sender(self, geometry: Geometry) -> None:
+        self._indexer(geometry, "cpu")
+
     def score(self, sight: Sight) -> Float[Tensor, "layers slots"]:
+        indexer = self._indexer(sight.read.geometry, sight.read.device)
+        return on_slots(sight, lambda layer: expected(indexer, sight, layer, self.window))
+
+    def _indexer(self, geometry: Geometry, device: torch.device | str) -> Indexer:
         if not self.indexer:
             cure = "Fit one: kvferry fit-indexer --model ... --out DIR, then lightning(indexer='DIR')"
             raise UsageError("lightning without an indexer", cure=cure)
-        indexer = INDEXERS.load(self.indexer, sight.read.geometry, sight.read.device)
-        return on_slots(sight, lambda layer: expected(indexer, sight, layer, self.window))
+        return INDEXERS.load(self.indexer, geometry, device)
 
 
 def expected(indexer: Indexer, sight: Sight, layer: int, window: int) -> Float[Tensor, " tokens"]:

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from kvferry.errors import BadSpec
-from kvferry.kv import Plan
+from kvferry.kv import Geometry, Plan
 from kvferry.select.contract import TokenSelector
 from kvferry.select.graded import Graded, in_classes
 from kvferry.select.most import most
@@ -38,6 +38,9 @@ class RdGreedy(Graded):
         # What it looks at is what the selector inside looks at.
         object.__setattr__(self, "needs", inner.needs)
         object.__setattr__(self, "reads_question", inner.reads_question)
+
+    def require_sender(self, geometry: Geometry) -> None:
+        self._selector().require_sender(geometry)
 
     def plan(self, sight: Sight, budget: Budget | None = None) -> Plan:
         held, (finest, *_) = self.eligible(sight), self._classes()

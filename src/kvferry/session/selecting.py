@@ -20,6 +20,7 @@ from kvferry.models.load import Model
 from kvferry.models.scores import scores_of
 from kvferry.models.tokenizer import Tokenizer
 from kvferry.models.tokens import join
+from kvferry.select.allocation import Allocation
 from kvferry.select.contract import Selector
 from kvferry.select.graded import Graded
 from kvferry.select.sight import Asked, Budget, Sight
@@ -64,10 +65,18 @@ def frame_of(codec: Codec, selector: Selector, sight: Sight, max_bytes: int | No
     return codec.encode(sight.kv, plan_of(codec, selector, sight, max_bytes), max_bytes)
 
 
-def plan_of(codec: Codec, selector: Selector, sight: Sight, max_bytes: int | None = None) -> Plan:
-    """What a selector would have this codec send."""
+def require_pairing(codec: Codec, selector: Selector) -> None:
+    """Raise `UsageError` for a selector that chooses precision classes which the codec does not have."""
     if isinstance(selector, Graded):
         selector.require_codec(codec)
+    if isinstance(selector, Allocation) and not isinstance(codec, Offering):
+        cure = "Use a codec with precision classes (ecsq, mixed), or a selector of tokens"
+        raise UsageError(f"{codec.brief()} has no precision classes for {selector.brief()}", cure=cure)
+
+
+def plan_of(codec: Codec, selector: Selector, sight: Sight, max_bytes: int | None = None) -> Plan:
+    """What a selector would have this codec send. Raises what `require_pairing` and the selector raise."""
+    require_pairing(codec, selector)
     budget = None if max_bytes is None else _budget(codec, sight.kv, max_bytes)
     return selector.plan(sight, budget)
 

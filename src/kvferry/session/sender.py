@@ -16,7 +16,7 @@ from kvferry.select.sight import Sight
 from kvferry.session.message import Message, message_of
 from kvferry.session.reading import answer_texts
 from kvferry.session.reply import Reply
-from kvferry.session.selecting import encode_sight, look
+from kvferry.session.selecting import encode_sight, look, require_pairing
 from kvferry.wire import MessageKind, json_frame
 
 
@@ -27,7 +27,8 @@ class Sender:
     whose contract says `grid="receiver"`; else each message holds the sender's own.
 
     `select` decides which tokens, layers and precisions are sent; `all` leaves a cap to the codec. `readout` is the
-    aligner, for selectors that look through it.
+    aligner, for selectors that look through it. Raises `UsageError` for a selector that the codec has no classes for,
+    `FolderError` and `ForeignModel` for one whose folder is missing or of another model.
 
     >>> sender = Sender("llama", codec="int(bits=4)")
     >>> message = sender.read("Ann has tea in Oslo.")
@@ -48,6 +49,8 @@ class Sender:
         self.onto = onto if onto is None or isinstance(onto, Tokenizer) else tokenizer_of(onto)
         self.select = SELECTORS.parse(select) if isinstance(select, str) else select
         self.readout = readout
+        require_pairing(self.codec, self.select)
+        self.select.require_sender(self.model.geometry)
 
     def with_codec(self, codec: Codec | str) -> "Sender":
         """The same model on the same grid, selecting alike, with another codec."""

@@ -38,6 +38,8 @@ def _doubled(words: list[str], index: int) -> set[int]:
     if not 0 < index < len(words) - 1:
         raise UsageError("'...' at the edge", cure="Write it between two caps: 64,128,...,4096")
     first, last = _number(words[index - 1]), _number(words[index + 1])
+    if last <= first:
+        raise UsageError(f"{first},...,{last} goes down", cure="Write the smaller cap first: 64,...,4096")
     return set(takewhile(lambda cap: cap < last, (first << power for power in count())))
 
 

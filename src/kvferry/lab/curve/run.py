@@ -18,9 +18,10 @@ from kvferry.lab.curve.road import Road
 from kvferry.lab.curve.room import Room, room_of
 from kvferry.lab.curve.spec import Spec
 from kvferry.lab.curve.task import Split, Task
-from kvferry.lab.point import Point, commit, machine, versions
+from kvferry.lab.point import Point
 from kvferry.metrics.paired import Interval, bootstrap_mean, wilson
 from kvferry.models.load import public_name
+from kvferry.session.selecting import require_pairing
 
 N_TIMED = 16
 """Items of the small batch that a forecast is made from."""
@@ -124,6 +125,11 @@ def run_curve(
 
 def require(road: Road, settings: Settings) -> None:
     """Refuse now what would fail after minutes."""
+    for n in (settings.n_items, settings.n_dev):
+        settings.task.require_items(n)
+    for spec in settings.specs:
+        require_pairing(spec.codec, spec.selector)
+        spec.selector.require_sender(road.sender.geometry)
     road.require(settings.specs)
     asked = [spec.name for spec in settings.specs if spec.selector.reads_question]
     if asked and not settings.task.recalls:
@@ -179,9 +185,6 @@ def point_of(road: Road, task: Task, job: Job, outcome: Outcome) -> Point:
         ci95=ci95,
         n_bytes=outcome.mean_bytes(),
         latency_ms=outcome.latency_ms(),
-        machine=machine(),
-        versions=versions(),
-        commit=commit(),
     )
 
 

@@ -68,7 +68,9 @@ def specs_of(texts: Iterable[str], file: Path | None = None) -> tuple[Spec, ...]
     """
     parts = [part for text in texts for part in text.split(";")] + _lines(file)
     found = [Spec.parse(part) for part in parts if part.strip()]
-    return tuple({spec.identity: spec for spec in found or map(Spec.parse, DEFAULT_SPECS)}.values())
+    if not found:
+        raise UsageError("no way of sending is named", cure="Write SELECTOR | CODEC, say 'all | ecsq'")
+    return tuple({spec.identity: spec for spec in found}.values())
 
 
 def _lines(file: Path | None) -> list[str]:
@@ -78,8 +80,12 @@ def _lines(file: Path | None) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         cure = "Give a text file with one SELECTOR | CODEC to a line"
-        raise UsageError(f"cannot read {file}: {error}", cure=cure) from None
+        raise UsageError(f"cannot read {file}: {_reason(error)}", cure=cure) from None
     return [text for line in lines if (text := line.partition("#")[0])]
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or "" if isinstance(error, OSError) else f"no UTF-8 at byte {error.start}"
 
 
 def needs_of(specs: Sequence[Spec]) -> tuple[str, ...]:

@@ -45,10 +45,14 @@ class Task:
     def __str__(self) -> str:
         return f"{self.name}:{self.size}" if self.recalls else self.name
 
+    def require_items(self, n: int) -> None:
+        """Raise `UsageError` for a number of items that cannot be had."""
+        if self.recalls and (n < 2 or n % 2):
+            raise UsageError(f"{n} items", cure="Items come in twins: choose an even number, 2 or more")
+
     def items(self, n: int, seed: int, split: Split) -> list[Item]:
         """Twins side by side, other ones for each seed."""
-        if n < 2 or n % 2:
-            raise UsageError(f"{n} items", cure="Items come in twins: choose an even number, 2 or more")
+        self.require_items(n)
         facts, fillers = (1, self.size) if self.name == "needle" else (self.size, 0)
         kind = _KINDS[self.name]
         seeds = range(seed * _ITEMS_PER_SEED, seed * _ITEMS_PER_SEED + n // 2)
