@@ -32,7 +32,7 @@ def test_shipped_recipes_load(path):
     recipe = load_recipe(path)
     assert len(recipe.parsed()) == len(recipe.codecs)
     assert aligner_call(recipe.aligner)[0] in ALIGNERS
-    assert isinstance(source_of(recipe.data.source, PLAIN), Worlds)
+    assert recipe.data.source in ("worlds", "places", "stories")
 
 
 def test_every_shipped_recipe_is_named_in_the_docs():
@@ -146,6 +146,11 @@ HEADS = {
         "Did you mean 'neighbours'",
     ),
     "too many options": ("codecs: [raw]\naligner: identity(1)", BadSpec, "too many values"),
+    "text for a number in a spec": (
+        "codecs: [raw]\naligner: residual_mlp(hidden=a)",
+        BadSpec,
+        "line 2 .*residual_mlp: hidden='a' is not valid",
+    ),
     "no spec": ("codecs: [raw]\naligner: 'linear('", BadSpec, "cannot read the spec"),
     "a comma in a spec": ("aligner: linear\ncodecs: [int(bits=8, group=32)]", BadSpec, r"'int\(bits=8'"),
 }
@@ -177,6 +182,37 @@ def test_recipes_made_by_hand_are_looked_at_too(wrong):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read .*nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "linear('2')",
+        "linear(neighbours=2.0)",
+        "linear(neighbours=True)",
+        "residual_mlp(classes=1)",
+        "blockwise(sources=1)",
+        "blockwise(sources=[['a']])",
+        "blockwise(reads=neither)",
+        "kv_projector(targets=terminal)",
+    ],
+)
+def test_an_option_of_another_type_is_refused(spec):
+    with pytest.raises(BadSpec, match="is not valid"):
+        aligner_call(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "blockwise(sources='top_k_sources(k=2)', reads=same)",
+        "procrustes(sources=[[0, 1], (1,)])",
+        "elastic(mlp_ratio=1)",
+        "narrow(seen=None)",
+    ],
+)
+def test_an_option_of_the_right_type_is_taken(spec):
+    assert aligner_call(spec)[1]
 
 
 @given(st.text(alphabet="ab:-[]{}#&*!|>'\" \n\t,1.e~<", max_size=60))
