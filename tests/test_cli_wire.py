@@ -136,10 +136,61 @@ def test_a_foreign_sender_is_refused(message: Path, tmp_path: Path) -> None:
         (("export", "none", "--onnx", "m"), 2, "unknown aligner 'none'"),
         (("fit", "--auto", "--max-mb", "0", "--out", "m"), 2, "Give more than 0 MB"),
         (("fit", "--auto", "--max-mb", "nan", "--out", "m"), 2, "Give more than 0 MB"),
+        (
+            ("fit", "--sender", "/none", "--codecs", "raw; ecsq(profile=p)", "--out", "m"),
+            2,
+            "there is no profile p",
+        ),
+        (
+            ("fit", "--sender", "/none", "--aligner", "linear(neighbours=a)", "--out", "m"),
+            2,
+            "neighbours='a'",
+        ),
+        (
+            ("fit-importance", "--sender", "/none", "--codec", "ecsq(profile=p)", "--out", "m"),
+            2,
+            "there is no profile p",
+        ),
+        (
+            ("fit-importance", "--sender", "/none", "--steps", "0", "--out", "m"),
+            2,
+            "steps is 0. Give at least 1",
+        ),
+        (
+            ("fit-indexer", "--model", "/none", "--max-tokens", "10", "--out", "m"),
+            2,
+            "max_tokens is 10, out of range. Give at least 11",
+        ),
+        (("profile", "--model", "/none", "--seed", "-1", "--out", "m"), 2, "seed is -1. Give at least 0"),
+        (("bench", "wire", "--models", "/none", "--codecs", "ecsq(profile=p)"), 2, "there is no profile p"),
+        (
+            ("bench", "refine", "--model", "/none", "--codec", "int"),
+            2,
+            "messages of int cannot be sent in parts",
+        ),
+        (
+            ("bench", "refine", "--model", "/none", "--codec", "progressive(profile=p)"),
+            2,
+            "there is no profile p",
+        ),
+        (("bench", "pairs", "--seed", "-1"), 2, "See kvferry bench pairs --help"),
     ],
 )
 def test_bad_calls(words: tuple[str, ...], code: int, said: str) -> None:
     assert said in kvferry(*words, stdin=CONTEXT, code=code)
+
+
+BENCHES = {
+    "bench wire --models /none": ("--json", "--plot", "--page"),
+    "bench fuse": ("--json",),
+    "bench select": ("--json",),
+    "bench enrich --sender /none": ("--json",),
+    "bench pairs --pairs none": ("--json", "--page"),
+    "bench align --pairs none": ("--json", "--page"),
+    "bench indexer --models /none": ("--json", "--page"),
+    "bench progressive --models /none": ("--json", "--page"),
+    "bench refine --model /none": ("--json", "--page"),
+}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +211,7 @@ def test_bad_calls(words: tuple[str, ...], code: int, said: str) -> None:
         ("fit", "--sender", "/none", "--out", "m", "--journal"),
         ("fit-indexer", "--model", "/none", "--out"),
         ("fit-importance", "--sender", "/none", "--out"),
+        *((*bench.split(), place) for bench, places in BENCHES.items() for place in places),
     ],
 )
 def test_a_result_that_cannot_be_written_is_refused_before_a_model_is_loaded(

@@ -81,7 +81,10 @@ def test_a_codec_without_steps_is_refused(route, codec):
         fit_importance(route, aligner, Worlds(), ImportanceRecipe(codec=codec, n_measured=2))
 
 
-@pytest.mark.parametrize("options", [{"lowest_bits": 0.0}, {"lowest_bits": 2.0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"lowest_bits": 0.0}, {"lowest_bits": 2.0}, {"batch_size": 0}, {"loop": LoopRecipe(steps=0)}],
+)
 def test_rates_and_sizes_out_of_range_are_refused(options):
     with pytest.raises(UsageError):
         ImportanceRecipe(**options)

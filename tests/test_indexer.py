@@ -46,7 +46,15 @@ from kvferry.train.indexer_fit import (
     unseen_texts,
 )
 from kvferry.train.loop_recipe import LoopRecipe
-from kvferry.train.mass_held import CONTROLS, PROPORTIONS, mass_held, measure, n_kept, of_indexer
+from kvferry.train.mass_held import (
+    CONTROLS,
+    FEWEST_TOKENS,
+    PROPORTIONS,
+    mass_held,
+    measure,
+    n_kept,
+    of_indexer,
+)
 from tiny import model_of, random_rows, tokens_of
 
 TURNING = RotarySpec("interleaved", dim=8, inv_freq=(1.0, 0.3, 0.1, 0.03))
@@ -417,6 +425,17 @@ def seen_content(tiny: Model, seen: Attended):
 def test_a_recipe_out_of_range_is_refused(name: str):
     with pytest.raises(UsageError, match=f"{name} is 0"):
         IndexerRecipe(**{name: 0})
+
+
+def test_the_fewest_tokens_are_those_that_leave_a_query_to_measure(model: Model):
+    with pytest.raises(UsageError, match=f"max_tokens is {FEWEST_TOKENS - 1}, .*at least {FEWEST_TOKENS}"):
+        IndexerRecipe(max_tokens=FEWEST_TOKENS - 1)
+    few, enough = (
+        measure({"recent": CONTROLS["recent"]}, [attend(model, [TEXT], scores_of(model), n)])
+        for n in (FEWEST_TOKENS - 1, FEWEST_TOKENS)
+    )
+    assert min(held.n_queries for held in enough) == 1 and all(0 < held.lowest <= 1 for held in enough)
+    assert min(held.n_queries for held in few) == 0
 
 
 def test_the_card_says_what_was_measured(fitted: FittedIndexer):

@@ -293,7 +293,9 @@ def test_a_fit_is_decided_by_its_seed_and_leaves_the_model_alone(llama):
     one.require_sender(llama.geometry)
 
 
-@pytest.mark.parametrize("wrong", [{"n_contexts": 0}, {"draws": 0}, {"floor": 0.0}, {"ridge": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"n_contexts": 0}, {"draws": 0}, {"floor": 0.0}, {"ridge": float("nan")}, {"seed": -1}]
+)
 def test_a_recipe_out_of_range(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         replace(TINY, **wrong)

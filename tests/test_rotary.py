@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.models.llama import modeling_llama
 
 from architectures import _SHAPE, ARCHITECTURES, MAX_POSITIONS, VOCABULARY, build, from_config
-from kvferry.errors import RotaryMismatch
+from kvferry.errors import ModelRefused, RotaryMismatch
 from kvferry.models.rotary import read_rotary, reset_call_state
 from kvferry.rope import RotarySpec, rotate, strip
 
@@ -232,3 +232,24 @@ def test_a_rotation_that_no_table_explains_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", shuffled)
     with pytest.raises(RotaryMismatch, match=r"layer 0 \(LlamaAttention\).*misses its keys by"):
         read_rotary(build("llama"))
+
+
+@pytest.mark.parametrize(
+    "spoilt", ["model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(spoilt: str, number: float) -> None:
+    model = copy.deepcopy(build("llama"))
+    model.get_parameter(spoilt).data[0, 0] = number
+    with pytest.raises(
+        ModelRefused, match=f"weights {spoilt} hold numbers that are NaN or infinite"
+    ) as caught:
+        read_rotary(model)
+    assert not isinstance(caught.value, RotaryMismatch)
+
+
+def test_keys_that_overflow_are_not_blamed_on_the_rotation() -> None:
+    model = copy.deepcopy(build("llama"))
+    model.get_parameter("model.layers.1.self_attn.k_proj.weight").data.fill_(3e38)
+    with pytest.raises(ModelRefused, match="the keys of layer 1 are NaN or infinite"):
+        read_rotary(model)

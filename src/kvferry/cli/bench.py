@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvferry.cli.points import PageFile, PointsFile, show_points
+from kvferry.cli.choices import choose_codec
+from kvferry.cli.points import PageFile, PointsFile, show_points, writable
 
 if TYPE_CHECKING:
     from kvferry.lab.wire.bench import Settings, WireResult
@@ -43,9 +44,11 @@ def bench_wire(
     messages: Annotated[int | None, typer.Option(min=1, help="Caches for each model and length.")] = None,
     repeats: Annotated[int, typer.Option(min=0, help="Of each timing; 0 leaves speed out.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer messages: for a first look.")] = False,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an SVG: KL against bits.")] = None,
-    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.")] = None,
+    json: PointsFile = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an SVG: KL against bits.", callback=writable)
+    ] = None,
+    page: PageFile = None,
 ) -> None:
     """What our codecs and others cost in bits, spoil in predictions, and how fast they are."""
     from kvferry.lab.wire.bench import N_MESSAGES, QUICK_MESSAGES, Settings, default_models
@@ -59,6 +62,8 @@ def bench_wire(
         peers=_parts(peers, ","),
         repeats=repeats,
     )
+    for spec in settings.codecs or ():
+        choose_codec(spec)
     result = _run(settings, missing)
     _write(result, json, plot, page)
     _show(result)
@@ -68,7 +73,7 @@ def bench_wire(
 def bench_fuse(
     tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 170,
     repeats: Annotated[int, typer.Option(min=1, help="Of each timing.")] = 5,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
+    json: PointsFile = None,
 ) -> None:
     """Milliseconds and megabytes of our fuser and of the published one (needs 4 GB of memory)."""
     from rich.console import Console
@@ -141,7 +146,7 @@ def bench_pairs(
         int | None, typer.Option(min=1, help="For the closed form. Default: the recipe's.")
     ] = None,
     max_mb: Annotated[float, typer.Option(help="Largest size of a map in MB.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which items are drawn.")] = 0,
     hub: Annotated[
         bool, typer.Option("--hub", help="Instead: three found a hub, gemma3 joins; all pairs of the two.")
     ] = False,
@@ -179,9 +184,9 @@ def bench_align(
     every_projector: Annotated[
         bool, typer.Option("--every-projector", help="Train each kind of projector, not the best alone.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Decides which passages are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which passages are drawn.")] = 0,
     json: PointsFile = None,
-    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.")] = None,
+    page: PageFile = None,
 ) -> None:
     """How a receiver goes on behind every map: nats per character on stories, with controls."""
     from rich.console import Console
@@ -203,7 +208,7 @@ def bench_indexer(
     heads: Annotated[int, typer.Option(min=1, help="Indexer heads.")] = 8,
     dim: Annotated[int, typer.Option(min=1, help="Channels of each.")] = 64,
     steps: Annotated[int, typer.Option(min=0, help="Of training.")] = 400,
-    seed: Annotated[int, typer.Option(help="Decides which texts are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which texts are drawn.")] = 0,
     json: PointsFile = None,
     page: PageFile = None,
 ) -> None:

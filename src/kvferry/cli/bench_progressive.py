@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.choices import choose_codec
 from kvferry.cli.points import PageFile, PointsFile, show_points
 
 if TYPE_CHECKING:
@@ -36,13 +37,14 @@ def bench_refine(
     dev: Annotated[int, typer.Option(min=2, help="Items that choose the margin, an even number.")] = 200,
     first_bytes: Annotated[int, typer.Option(min=1, help="Of the first part.")] = 2500,
     more_bytes: Annotated[int, typer.Option(min=1, help="Of each part that is asked for.")] = 1750,
-    seed: Annotated[int, typer.Option(help="Decides which items are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which items are drawn.")] = 0,
     json: PointsFile = None,
     page: PageFile = None,
 ) -> None:
     """Whether sending a part first, and more where the answer is a close call, saves bytes."""
     from kvferry.lab.refine_bench import Settings, run_refine, sheet
 
+    choose_codec(codec)
     settings = Settings(model, codec, items, dev, first_bytes, more_bytes, seed=seed)
     points = run_refine(settings, _said)
     show_points(points, [sheet(points)], json, page, _WIDE)

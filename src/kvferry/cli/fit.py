@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvferry.cli.choices import RECEIVER, SENDER, DataOption, JsonFlag, ReceiverOption, SenderOption
+from kvferry.cli.choices import (
+    RECEIVER,
+    SENDER,
+    DataOption,
+    JsonFlag,
+    ReceiverOption,
+    SenderOption,
+    choose_codec,
+)
 from kvferry.cli.paths import require_files, require_folders
 from kvferry.errors import UsageError
 
@@ -87,6 +95,8 @@ def fit(
         data=replace(base.data, **_given(source=data, texts=texts, batch_size=batch_size)),
         **_given(aligner=aligner, grid=grid, codecs=_specs(codecs), selections=_specs(selections)),
     )
+    for spec in chosen.codecs:
+        choose_codec(spec)
     require_folders(out, checkpoints)
     require_files(journal)
     models = load(sender), load(receiver)

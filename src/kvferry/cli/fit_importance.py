@@ -15,6 +15,7 @@ from kvferry.cli.choices import (
     SenderOption,
     TextsOption,
     choose_aligner,
+    choose_codec,
 )
 from kvferry.cli.paths import require_folders
 
@@ -49,6 +50,7 @@ def fit_importance(
 
     plain = ImportanceRecipe(codec, lowest_bits, highest_bits, batch_size=batch_size, seed=seed)
     recipe = replace(plain, loop=replace(plain.loop, steps=steps, seed=seed))
+    choose_codec(codec)
     require_folders(out)
     reader = load(sender)
     answers = reader if sender == receiver else load(receiver)

@@ -6,12 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.paths import require_files
+
 if TYPE_CHECKING:
     from kvferry.lab.point import Point
     from kvferry.lab.wire.sheets import Sheet
 
-PointsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.")]
-PageFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table in Markdown.")]
+
+def writable(file: Path | None) -> Path | None:
+    """For options that name a result: a place that cannot be written is refused before the minutes of a bench."""
+    require_files(file)
+    return file
+
+
+PointsFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the points as JSON.", callback=writable)
+]
+PageFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables in Markdown.", callback=writable)
+]
 
 
 def show_points(

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from kvferry.codec import CODECS
+from kvferry.codec.progressive import Progressive
+from kvferry.errors import UsageError
 from kvferry.lab.items import Batch, Worlds, right
 from kvferry.lab.point import Point
 from kvferry.lab.wire.sheets import Sheet
@@ -23,7 +25,7 @@ from kvferry.session.message import Message, message_of
 from kvferry.session.receiver import Receiver
 from kvferry.session.refine import Asked, Patience, answer_so_far, more_message, piece
 from kvferry.session.sender import Sender
-from kvferry.wire import MessageKind, json_frame, unpack_prefix
+from kvferry.wire import HEADER_BYTES, MessageKind, SegmentType, json_frame, packed_bytes, unpack_prefix
 
 _MAX_NEW_TOKENS = 12
 _DEV_SEED = 1_000
@@ -48,6 +50,12 @@ class Settings:
     max_rounds: int = 2
     n_facts: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        codec = CODECS.parse(self.codec)
+        if not isinstance(codec, Progressive):
+            cure = "Give progressive, with any of its options"
+            raise UsageError(f"messages of {codec.name} cannot be sent in parts", cure=cure)
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,7 @@ def _answers(batches: Sequence[Batch], settings: Settings) -> Answers:
 
 def _batch(sender: Sender, receiver: Receiver, batch: Batch, settings: Settings) -> Answers:
     messages = sender.read_batch(batch.contexts)
+    _require_chunk(messages, settings.first_bytes)
     cuts = [
         _cuts(message, question, settings)
         for message, question in zip(messages, batch.questions, strict=True)
@@ -155,6 +164,20 @@ def _batch(sender: Sender, receiver: Receiver, batch: Batch, settings: Settings)
         np.array([margins for _, margins in found]).T,
         np.array([[float(n_bytes) for _, n_bytes in ends] for ends in cuts]),
     )
+
+
+def _require_chunk(messages: Sequence[Message], first_bytes: int) -> None:
+    """Without a chunk there is nothing to answer from."""
+    smallest = max(map(_first_chunk_ends, messages))
+    if first_bytes < smallest:
+        what = f"a first part of {first_bytes} bytes ends within the first chunk"
+        raise UsageError(what, cure=f"Give at least {smallest}")
+
+
+def _first_chunk_ends(message: Message) -> int:
+    segments = message.frame.segments
+    n = [segment.type for segment in segments].index(SegmentType.PAYLOAD) + 1
+    return HEADER_BYTES + packed_bytes([len(one.body) for one in segments[:n]]) - packed_bytes([])
 
 
 def _cuts(message: Message, question: str, settings: Settings) -> list[tuple[int, int]]:

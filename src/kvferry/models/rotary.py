@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvferry.errors import RotaryMismatch
+from kvferry.errors import ModelRefused, RotaryMismatch
 from kvferry.models.probe import (
     TOKENS,
     Probe,
@@ -42,7 +42,8 @@ ORDERS: tuple[Literal["blocks", "turns"], ...] = ("blocks", "turns")
 def read_rotary(hf_model: PreTrainedModel) -> tuple[RotarySpec, ...]:
     """The `RotarySpec` of every layer, each one verified against the model itself.
 
-    Raises `RotaryMismatch` naming the first layer whose keys none of the model's tables explains.
+    Raises `RotaryMismatch` naming the first layer whose keys none of the model's tables explains, `ModelRefused` for
+    keys that are NaN or infinite.
     """
     return read_layers(hf_model)[0]
 
@@ -54,6 +55,7 @@ def read_layers(hf_model: PreTrainedModel) -> tuple[tuple[RotarySpec, ...], Prob
     with untouched(hf_model):
         reset_call_state(hf_model)
         seen = run_probe(hf_model, 0, _offsets_below(_shortest(hf_model, tables)), axes)
+        _require_finite(hf_model, seen)
         specs = tuple(_explain(hf_model, layer, tables, seen) for layer in range(len(seen.keys)))
         if thresholds := [spec.long.threshold for spec in specs if spec.long]:
             reset_call_state(hf_model)
@@ -179,6 +181,19 @@ def probe_error(seen: Probe, layer: int, spec: RotarySpec) -> float:
     content = strip(keys[:1], positions[:, :1], spec, seen.call_length)
     carried = rotate(content.expand_as(keys), positions, spec, seen.call_length)
     return float((carried - keys).abs().max() / keys.abs().max())
+
+
+def _require_finite(hf_model: PreTrainedModel, seen: Probe) -> None:
+    """Refuse keys that say nothing of rotations, and name the weights behind them."""
+    spoilt = [layer for layer, keys in enumerate(seen.keys) if not bool(keys.isfinite().all())]
+    if not spoilt:
+        return
+    for name, weight in hf_model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            what = f"the weights {name} hold numbers that are NaN or infinite"
+            raise ModelRefused(what, cure="Load or train the model anew")
+    what = f"the keys of layer {spoilt[0]} are NaN or infinite"
+    raise ModelRefused(what, cure="Load the model in a wider dtype, float32 or bfloat16")
 
 
 def _require(hf_model: PreTrainedModel, layer: int, spec: RotarySpec, seen: Probe) -> None:

@@ -51,6 +51,8 @@ class ImportanceRecipe:
         if self.n_measured < 1 or self.batch_size < 1:
             what = f"n_measured is {self.n_measured}, batch_size {self.batch_size}"
             raise UsageError(what, cure="Give at least 1")
+        if self.loop.steps < 1:
+            raise UsageError(f"steps is {self.loop.steps}", cure="Give at least 1")
 
 
 def fit_importance(

@@ -23,7 +23,7 @@ from kvferry.train.examples import Batches, Example, Source
 from kvferry.train.fit import frozen
 from kvferry.train.loop import Loss, Trainer
 from kvferry.train.loop_recipe import LoopRecipe
-from kvferry.train.mass_held import CONTROLS, Held, Scorer, measure, of_indexer
+from kvferry.train.mass_held import CONTROLS, FEWEST_TOKENS, Held, Scorer, measure, of_indexer
 from kvferry.train.reports import Step, Trained
 
 DEFAULT_LOOP = LoopRecipe(steps=400, learning_rate=1e-2, warmup=20, evaluate_every=100)
@@ -42,9 +42,11 @@ class IndexerRecipe:
     loop: LoopRecipe = field(default_factory=lambda: DEFAULT_LOOP)
 
     def __post_init__(self) -> None:
-        for name in ("heads", "dim", "batch_size", "max_tokens", "n_dev", "n_test"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}, out of range", cure="Give at least 1")
+        least = dict.fromkeys(("heads", "dim", "batch_size", "n_dev", "n_test"), 1)
+        for name, fewest in {**least, "max_tokens": FEWEST_TOKENS}.items():
+            if getattr(self, name) < fewest:
+                what = f"{name} is {getattr(self, name)}, out of range"
+                raise UsageError(what, cure=f"Give at least {fewest}")
 
 
 @dataclass(frozen=True)

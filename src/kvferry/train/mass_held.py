@@ -17,6 +17,8 @@ WINDOW = 16
 """Last queries that are looked at together."""
 _LEAST_KEPT = 2
 """A query that keeps one slot only says more about luck than about an order."""
+FEWEST_TOKENS = int((_LEAST_KEPT - 1) / min(PROPORTIONS)) + 1
+"""Of a text whose last query keeps enough slots at every proportion."""
 
 Scorer = Callable[[Attended, int, int], Float[Tensor, "batch new tokens"]]
 """Scores of all tokens for the last `n_last` queries of a layer: (attended, layer, n_last)."""

@@ -53,6 +53,8 @@ class ProfileRecipe:
         for name in ("floor", "ridge"):
             if not 0 < getattr(self, name) < 1e6:
                 raise UsageError(f"{name} is {getattr(self, name)}", cure="Give a share above 0")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}", cure="Give at least 0")
 
 
 Information = Float64[np.ndarray, "heads dim dim"]

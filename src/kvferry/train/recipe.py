@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from kvferry.align.contract import Grid
 from kvferry.align.folder import aligner_class
@@ -125,16 +125,30 @@ def load_recipe(path: Path) -> FitRecipe:
 def aligner_call(spec: str) -> tuple[str, dict[str, Any]]:
     """Name and options of an aligner, as its constructor takes them behind the contract.
 
-    Raises `UnknownName` for either, `BadSpec` for what is no spec.
+    Raises `UnknownName` for either, `BadSpec` for what is no spec and for values of another type.
 
     >>> aligner_call("linear(neighbours=4)")
     ('linear', {'neighbours': 4})
     """
     name, positional, options = read_call(spec)
-    known = list(inspect.signature(aligner_class(name)).parameters)[1:]
+    parameters = inspect.signature(aligner_class(name)).parameters
+    known = list(parameters)[1:]
     if len(positional) > len(known) or set(known[: len(positional)]) & set(options):
         raise BadSpec(f"too many values for {name}", cure=f"Its options are: {', '.join(known) or 'none'}")
     for option in options:
         if option not in known:
             raise UnknownName(f"option of aligner {name}", option, known)
-    return name, {**dict(zip(known, positional, strict=False)), **options}
+    options = {**dict(zip(known, positional, strict=False)), **options}
+    for option, value in options.items():
+        _require_type(name, option, value, parameters[option].annotation)
+    return name, options
+
+
+def _require_type(name: str, option: str, value: object, annotation: Any) -> None:
+    """As the constructor has it; `sources` may be a rule of `LAYER_MAPS` too."""
+    wanted = str | annotation if option == "sources" else annotation
+    try:
+        TypeAdapter(wanted).validate_python(value, strict=True)
+    except ValidationError as error:
+        cure = error.errors()[0]["msg"]
+        raise BadSpec(f"aligner {name}: {option}={value!r} is not valid", cure=cure) from None
