@@ -1,6 +1,7 @@
 """The benches of messages that can stop anywhere: what they compare is what it says, and the commands run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from kvferry.codec.progressive import Progressive
 from kvferry.errors import UsageError
 from kvferry.lab.felt import felt_error
 from kvferry.lab.progressive_bench import Curve, Settings, cut_curve, ecsq_curve, excess, run_progressive
-from kvferry.lab.refine_bench import Answers, Outcome, choose
+from kvferry.lab.refine_bench import Answers, Outcome, choose, run_refine
+from kvferry.lab.refine_bench import Settings as RefineSettings
 from kvferry.lab.wire.subject import make_subject
 from kvferry.models.load import load
 from profiles import held_profile
@@ -97,6 +99,16 @@ def test_the_commands(tmp_path):
     assert arms[0] == "first part"
     assert arms[-3:] == ["at once", "at once, ecsq", "everything"]
     assert "Refining, llama to itself" in (tmp_path / "a.md").read_text()
+
+
+def test_a_first_part_without_a_chunk_is_refused_and_what_is_named_does():
+    small = RefineSettings(n_items=2, n_dev=2, first_bytes=10)
+    with pytest.raises(UsageError, match=r"first part of 10 bytes ends .*\. Give at least \d+$") as caught:
+        run_refine(small)
+    enough = int(caught.value.cure.split()[-1])
+    with pytest.raises(UsageError, match=f"{enough - 1} bytes"):
+        run_refine(replace(small, first_bytes=enough - 1))
+    assert run_refine(replace(small, first_bytes=enough + 60))
 
 
 def test_a_message_of_one_chunk_cannot_be_cut():

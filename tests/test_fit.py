@@ -20,7 +20,7 @@ from kvferry.align.ridge import Sums, solve
 from kvferry.align.token_means import TokenMeans
 from kvferry.cli import app
 from kvferry.codec import CODECS
-from kvferry.errors import ModelRefused, TrainingDiverged, UnknownName, UsageError
+from kvferry.errors import BadSpec, ModelRefused, TrainingDiverged, UnknownName, UsageError
 from kvferry.fuse.layout import relay_layout
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import Model, load
@@ -31,7 +31,7 @@ from kvferry.train import closed
 from kvferry.train import fit as fitting
 from kvferry.train.answer_loss import answer_scores, continuations
 from kvferry.train.checkpoint import NAME
-from kvferry.train.closed import fresh, neighbours_of, solve_into, takes_penalty
+from kvferry.train.closed import fresh, neighbours_of, rehearse, solve_into, takes_penalty
 from kvferry.train.examples import Example, Split, Worlds
 from kvferry.train.fit import Fitted, Material, Watch, closed_form, fit, frozen, train
 from kvferry.train.loop import Step
@@ -366,6 +366,41 @@ def other(llama, gemma) -> Fitted:
         losses={"answer": 1.0, "own_text": 0.5},
     )
     return fit(llama, gemma, Short(), recipe)
+
+
+class Unread(Short):
+    def examples(self, split: Split, seed: int) -> Iterator[Example]:
+        raise AssertionError("texts are read before the map was tried")
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "said"),
+    [
+        ("residual_mlp(hidden=0)", UsageError, "hidden is 0, out of range. Give at least 1"),
+        ("narrow(rank=100000)", UsageError, "Give a rank of 1 to"),
+        (
+            "blockwise(sources='top_k_sources(k=99)')",
+            BadSpec,
+            r"k=99\) of 4 sender layers. Give a k of 1 to 4",
+        ),
+        (
+            "procrustes(sources='nearest_depth(k=5)')",
+            BadSpec,
+            r"k=5\) of 4 sender layers. Give a k of 1 to 4",
+        ),
+        ("procrustes(sources=[[9]])", UsageError, "sources"),
+    ],
+)
+def test_a_map_that_cannot_be_built_is_refused_before_texts_are_read(llama, qwen, spec, error, said):
+    with pytest.raises(error, match=said):
+        fit(llama, qwen, Unread(), replace(RECIPE, aligner=spec))
+
+
+@pytest.mark.parametrize("spec", ["token_table", "blockwise(sources='top_k_sources(k=4)')", "random_map"])
+def test_a_map_that_needs_pairs_can_be_tried_without(llama, qwen, spec):
+    before = torch.random.get_rng_state()
+    rehearse(spec, Contract(llama.geometry, qwen.geometry))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_contract_names_models_grid_codecs_and_stride(llama, qwen, gemma, same, other):

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from kvferry.align.blockwise import Blockwise, layer_errors
 from kvferry.align.classwise import Classwise
 from kvferry.align.contract import Aligner, Contract
 from kvferry.align.folder import aligner_class
 from kvferry.align.headwise import HeadwiseProjector
 from kvferry.align.kv_projector import KVCacheProjector
-from kvferry.align.layer_map import LAYER_MAPS, Depths, LayerMap, TopKSources
+from kvferry.align.layer_map import LAYER_MAPS, Depths, LayerMap, NearestDepth, TopKSources
 from kvferry.align.linear import Linear
 from kvferry.align.low_rank import LowRank
 from kvferry.align.mean_only import MeanOnly
@@ -21,37 +25,57 @@ from kvferry.align.projector import Projector
 from kvferry.align.residual_mlp import ResidualMLP
 from kvferry.align.ridge import Sums, solve
 from kvferry.align.token_table import TokenTable
-from kvferry.errors import UsageError
+from kvferry.errors import BadSpec, UsageError
 from kvferry.train.paired import Pairs
 from kvferry.train.recipe import aligner_call
 
 _PENALTY_OF_ERRORS = 1e-2
 
 Solver = Callable[[Aligner, Pairs, float], None]
+Errors = Callable[[], Float[Tensor, "receiver sender"]]
 
 
 def fresh(spec: str, contract: Contract, pairs: Pairs, held_out: Callable[[], Sums]) -> Aligner:
     """A new aligner of this spec, between the models of the contract.
 
     `sources` may be a rule of `LAYER_MAPS`; one that chooses by error measures it on the sums that
-    `held_out` gives. Raises `UnknownName` or `BadSpec` for a spec that cannot be read.
+    `held_out` gives. Raises what `rehearse` does.
     """
+
+    def errors() -> Float[Tensor, "receiver sender"]:
+        both = contract.sender, contract.receiver
+        return layer_errors(pairs.sums, held_out(), *both, _PENALTY_OF_ERRORS).float()
+
+    return _built(spec, contract, lambda: len(pairs.tokens), errors)
+
+
+def rehearse(spec: str, contract: Contract) -> None:
+    """Build the map of a spec without any pairs and throw it away: what cannot be built is known before texts are read.
+
+    Raises `UnknownName` or `BadSpec` for a spec that cannot be read or names more layers than the sender has,
+    `UsageError` for what the constructor refuses.
+    """
+    with torch.random.fork_rng(devices=[]):
+        alike = torch.zeros(contract.receiver.n_layers, contract.sender.n_layers)
+        _built(spec, contract, lambda: 1, lambda: alike)
+
+
+def _built(spec: str, contract: Contract, n_tokens: Callable[[], int], errors: Errors) -> Aligner:
     name, options = aligner_call(spec)
     if isinstance(options.get("sources"), str):
         rule = LAYER_MAPS.parse(options["sources"])
-        options["sources"] = [list(row) for row in rule(_depths(rule, contract, pairs, held_out))]
+        options["sources"] = [list(row) for row in rule(_depths(rule, contract, errors))]
     if name == TokenTable.name:
-        options = {"n_tokens": len(pairs.tokens), **options}
+        options = {"n_tokens": n_tokens(), **options}
     return aligner_class(name)(contract, **options)
 
 
-def _depths(rule: LayerMap, contract: Contract, pairs: Pairs, held_out: Callable[[], Sums]) -> Depths:
-    sender, receiver = contract.sender, contract.receiver
-    depths = Depths(sender.n_layers, receiver.n_layers)
-    if not isinstance(rule, TopKSources):
-        return depths
-    errors = layer_errors(pairs.sums, held_out(), sender, receiver, _PENALTY_OF_ERRORS)
-    return replace(depths, errors=errors.float())
+def _depths(rule: LayerMap, contract: Contract, errors: Errors) -> Depths:
+    n_layers = contract.sender.n_layers
+    if isinstance(rule, TopKSources | NearestDepth) and rule.k > n_layers:
+        raise BadSpec(f"{rule!r} of {n_layers} sender layers", cure=f"Give a k of 1 to {n_layers}")
+    depths = Depths(n_layers, contract.receiver.n_layers)
+    return replace(depths, errors=errors()) if isinstance(rule, TopKSources) else depths
 
 
 def solve_into(aligner: Aligner, pairs: Pairs, penalty: float) -> None:

@@ -27,7 +27,7 @@ from kvferry.kv import KV, Roundtrip
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import Model
 from kvferry.select.contract import Selector
-from kvferry.train.closed import fresh, neighbours_of, solve_into, takes_penalty
+from kvferry.train.closed import fresh, neighbours_of, rehearse, solve_into, takes_penalty
 from kvferry.train.examples import Batches, Example, Source, Split
 from kvferry.train.loop import Evaluation, Loss, Step, Trained, Trainer
 from kvferry.train.objective import Objective
@@ -112,10 +112,11 @@ def fit(
 ) -> Fitted:
     """Fit on the source's train split; penalty and weights are chosen on dev, scores are from test.
 
-    Raises `UsageError` where the models share no text, `TrainingDiverged` where a loss is not finite, `FolderError`
-    for a checkpoint folder of another fit or one that cannot be written.
+    Raises `UsageError` where the map cannot be built or the models share no text, `TrainingDiverged` where a loss is
+    not finite, `FolderError` for a checkpoint folder of another fit or one that cannot be written.
     """
     start = time.perf_counter()
+    rehearse(recipe.aligner, Contract(sender.geometry, receiver.geometry, recipe.grid))
     with frozen(sender), frozen(receiver):
         material = prepare(Route(sender, receiver, recipe.grid), source, recipe)
         aligner, penalty = closed_form(material, recipe.aligner)
