@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -27,6 +28,7 @@ from kvferry.kv import KV, Roundtrip
 from kvferry.models.fingerprint import model_fingerprint
 from kvferry.models.load import Model
 from kvferry.select.contract import Selector
+from kvferry.train.between import drawn
 from kvferry.train.closed import fresh, neighbours_of, rehearse, solve_into, takes_penalty
 from kvferry.train.examples import Batches, Example, Source, Split
 from kvferry.train.loop import Evaluation, Loss, Step, Trained, Trainer
@@ -245,9 +247,10 @@ def token_table(material: Material) -> Judged:
 def _loss(
     material: Material, module: Trainable, objective: Objective, step: int, rows: Sequence[Example]
 ) -> Loss:
-    turn, codec = divmod(step, len(material.codecs))
+    turn, index = divmod(step, len(material.codecs))
+    codec = drawn(material.codecs, index, Random(f"{material.seed} {step}"))
     kept = select(material.selectors[turn % len(material.selectors)], _sent(material, rows))
-    return objective(module(roundtrip(material.codecs[codec], kept)), rows, step)
+    return objective(module(roundtrip(codec, kept)), rows, step)
 
 
 def _sent(material: Material, rows: Sequence[Example]) -> KV:
