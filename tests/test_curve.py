@@ -34,6 +34,7 @@ from kvferry.lab.point import Point
 from kvferry.models.load import load
 from kvferry.models.state import empty, read
 from kvferry.models.tokens import encode, join
+from kvferry.select.importance import IMPORTANCES, Importance
 from kvferry.session.message import text_message
 from kvferry.session.receiver import Receiver
 from source import ROOT
@@ -308,6 +309,17 @@ def test_draws_resample_seeds_and_blocks():
 
 
 # A run
+
+
+def test_a_folder_that_is_fitted_anew_is_another_way_of_sending(tmp_path: Path):
+    geometry = load("llama").geometry
+    spec = Spec.parse(f"lagrangian(importance='{tmp_path / 'i'}') | ecsq")
+    names = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        IMPORTANCES.save(Importance(geometry), geometry, {"grid": "sender"}, tmp_path / "i", "card")
+        names.add(spec.identity)
+    assert len(names) == 2
 
 
 def test_a_look_into_a_ledger_leaves_no_file(road: Road, tmp_path: Path):

@@ -47,6 +47,10 @@ class Selector(Method, ABC):
         the smallest cap that would do.
         """
 
+    def folders(self) -> tuple[str, ...]:
+        """Folders or hub ids of what was fitted for it: their content decides the plan too."""
+        return ()
+
     def require_sender(self, geometry: Geometry) -> None:
         """Load now what lies in files, for this sender: a selector that has none needs nothing.
 

@@ -9,6 +9,7 @@ from kvferry.errors import BadSpec, UsageError
 from kvferry.select import SELECTORS
 from kvferry.select.all import All
 from kvferry.select.contract import Selector, TokenSelector
+from kvferry.weights import weights_digest
 
 QUESTION = "question"
 DEFAULT_SPECS = (
@@ -48,8 +49,9 @@ class Spec:
 
     @property
     def identity(self) -> str:
-        """Every option, defaults too: a default that changes makes another way of sending."""
-        return f"{self.selector!r} | {self.codec.agreed()!r}"
+        """Every option, defaults too, and what lies in folders: whatever changes makes another way of sending."""
+        said = f"{self.selector!r} | {self.codec.agreed()!r}"
+        return " ".join([said, *map(weights_digest, self.selector.folders())])
 
     @property
     def family(self) -> str:
@@ -70,7 +72,7 @@ def specs_of(texts: Iterable[str], file: Path | None = None) -> tuple[Spec, ...]
     found = [Spec.parse(part) for part in parts if part.strip()]
     if not found:
         raise UsageError("no way of sending is named", cure="Write SELECTOR | CODEC, say 'all | ecsq'")
-    return tuple({spec.identity: spec for spec in found}.values())
+    return tuple(dict.fromkeys(found))
 
 
 def _lines(file: Path | None) -> list[str]:
