@@ -113,6 +113,20 @@ def test_without_a_cap_everything_is_sent_as_without_a_selector():
     assert message.data == pack(codec.encode(kv))
 
 
+@quick
+@given(seed=st.integers(0, 99), n_tokens=st.integers(1, 9), spare=st.integers(0, 400), mixed=st.booleans())
+def test_without_drops_every_slot_is_sent(seed, n_tokens, spare, mixed):
+    kv, codec = cache(n_tokens=n_tokens, seed=seed), MIXED if mixed else CODECS.parse("ecsq")
+    selector, cap = SELECTORS.parse("lagrangian(drops=False)"), 60 + spare
+    try:
+        message = encode_sight(codec, selector, alone(kv), cap)
+    except BudgetTooSmall as refusal:
+        assert (too_small := cap) < (cap := refusal.smallest_bytes)
+        message = encode_sight(codec, selector, alone(kv), cap)
+        assert too_small < len(message)
+    assert message.frame.n_tokens == n_tokens and len(message) <= cap
+
+
 def test_a_codec_without_classes_is_refused():
     with pytest.raises(UsageError, match="no precision classes"):
         encode_sight(CODECS.parse("int(bits=4)"), SELECTORS.parse("lagrangian"), alone(cache()), 400)

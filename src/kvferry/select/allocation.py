@@ -8,7 +8,7 @@ codec.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,6 +36,9 @@ _SET_BYTES = 2
 class Allocation(Selector):
     """Chooses classes by a menu and what losses count. Without a budget everything is sent in class 1."""
 
+    drops: bool = field(default=True, kw_only=True)
+    """Whether a slot may be left out."""
+
     @abstractmethod
     def counts(self, sight: Sight, menu: Menu) -> PerSlot:
         """What a squared error of 1 on the menu counts, for the keys and the values of each slot."""
@@ -49,7 +52,8 @@ class Allocation(Selector):
             cure = "Hand in a budget with the codec's offer (codec.menu)"
             raise UsageError(f"{self.brief()} chooses precision classes, and none are offered", cure=cure)
         menu = budget.offer()
-        return _fitted(ClassTable.of(sight.kv, menu, self.counts(sight, menu), held), whole, budget)
+        table = ClassTable.of(sight.kv, menu, self.counts(sight, menu), held)
+        return _fitted(table if self.drops else table.without_dropping(), whole, budget)
 
 
 def _fitted(table: ClassTable, whole: Plan, budget: Budget) -> Plan:
@@ -93,7 +97,7 @@ def _one_class(table: ClassTable, whole: Plan, overhead: int, budget: Budget) ->
     token_class = 1 if table.stepped else int(table.classes[best])
     plan = Plan(torch.where(kept[best] & table.held.unsqueeze(1), whole.classes * token_class, 0))
     taken = float(bits[best][kept[best]].sum())
-    fits = bool(kept[best].any()) and budget.fits(plan)
+    fits = bool(kept[best].any()) and bool(losses[best].isfinite()) and budget.fits(plan)
     return Solved(plan, float(losses[best]), taken) if fits else None
 
 
@@ -112,8 +116,10 @@ def _coarsest(table: ClassTable, whole: Plan, budget: Budget) -> Plan:
     whole = Plan(whole.classes * (1 if table.stepped else int(table.classes[-1])))
     order = table.dropped.masked_fill(~table.held.any(0), -torch.inf)
     order = order.argsort(dim=0, descending=True, stable=True)
-    budget.require(_only(whole, order[:1]))
-    n_kept = most(1, int(table.held.any(0).sum()), lambda n: budget.fits(_only(whole, order[:n])))
+    n_held = int(table.held.any(0).sum())
+    least = 1 if bool(table.dropped.isfinite().all()) else n_held
+    budget.require(_only(whole, order[:least]))
+    n_kept = most(least, n_held, lambda n: budget.fits(_only(whole, order[:n])))
     return _only(whole, order[:n_kept])
 
 

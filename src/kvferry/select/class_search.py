@@ -21,6 +21,8 @@ _HALVINGS = 16
 _STEEPEST = 40.0
 """Slopes lie within 2**-40 to 2**40, and are found to a thousandth of an octave."""
 _FEW_MOVES = 64
+_ROOM = 1e-9
+"""Bits below which there is nothing to choose."""
 _OPEN_WORK = 1 << 16
 """Pairs that the knapsack may compare for a proof: some milliseconds."""
 
@@ -69,7 +71,8 @@ def _moves_to_try(table: ClassTable, moves: Moves) -> list[Moves]:
 def _completed(table: ClassTable, choice: Int[Tensor, " slots"], moves: Moves, max_bits: float) -> Solved:
     """The best row for these moves within the bits."""
     lost, bits = table.options(moves)
-    if max_bits > 0:
+    least = bits.masked_fill(~lost.isfinite(), torch.inf).amin(1).double().sum()
+    if max_bits >= max(float(least), _ROOM):
         choice = within(lost, bits, max_bits, _OPEN_WORK)
     total, taken = totals(lost, bits, choice)
     return Solved(table.plan(choice, moves), total, taken)

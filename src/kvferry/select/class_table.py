@@ -46,6 +46,10 @@ class ClassTable:
         classes = torch.tensor(menu.classes, device=held.device)
         return cls(classes, lost, bits, dropped, held, bool(menu.units))
 
+    def without_dropping(self) -> "ClassTable":
+        """Every slot that may be sent is sent: to drop one loses more than anything."""
+        return replace(self, dropped=self.dropped.masked_fill(self.held.any(0), torch.inf))
+
     def thinned(self, grain: int) -> "ClassTable":
         """With every so many classes only: what is saved in sets of tokens may be worth more than fine choices."""
         return replace(self, classes=self.classes[::grain], lost=self.lost[::grain], bits=self.bits[::grain])

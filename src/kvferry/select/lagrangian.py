@@ -21,6 +21,8 @@ class Lagrangian(Allocation):
 
     `importance` is the folder of one that was fitted for the sender and its receiver (`kvferry fit-importance`), which
     says what an error in a slot does to the receiver's answers; `even` counts all errors alike, in the codec's measure.
+    Without `drops` every slot is sent, the least important ones at steps that leave little more than their mean: for
+    aligners, which miss a slot more than its content.
 
     >>> Lagrangian()
     lagrangian(importance=even, scope=all_context)
