@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvferry.align.table import ALIGNERS
 from kvferry.errors import BadSpec, KvferryError, UnknownName, UsageError
 from kvferry.models.prompt import PLAIN
-from kvferry.train.examples import DataSet, Worlds, source_of
+from kvferry.train.examples import DataSet, source_of
 from kvferry.train.loop_recipe import LoopRecipe
 from kvferry.train.recipe import DataRecipe, FitRecipe, aligner_call, load_recipe
 from source import ROOT
