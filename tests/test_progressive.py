@@ -96,11 +96,13 @@ def test_the_tables_of_all_contexts_are_whole_and_follow_the_frozen_ones():
 
 
 @given(st.integers(-20, 108), st.integers(-(1 << 30), 1 << 30))
-def test_what_is_open_is_decoded_to_between_the_inner_and_the_middle_third(level, cell):
+def test_what_is_open_is_decoded_to_within_the_inner_and_the_middle_third(level, cell):
+    # Frozen centroids lie nearer to zero than the middles of thirds: 1.76 for the third at 2, at low levels.
     level = max(level, -12)
     (centre,) = contexts().open_centre(np.array([level]), np.array([cell])).tolist()
     direction = int(outward(np.array([cell]))[0])
-    assert 3 * abs(cell) - 1 - 1e-6 * abs(cell) <= direction * centre <= 3 * abs(cell) + 1e-6 * abs(cell)
+    away, least = direction * centre, 3 * abs(cell) - (1.5 if cell else 1)
+    assert least - 1e-6 * abs(cell) <= away <= 3 * abs(cell) + 1e-6 * abs(cell)
 
 
 @settings(max_examples=30)

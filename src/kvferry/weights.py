@@ -4,7 +4,6 @@ It stands at the ground because aligners and fusers, which do not know each othe
 unpickled, only names of our own tables are looked up, and nobody ever sees half a folder.
 """
 
-import hashlib
 import importlib
 import json
 import tempfile
@@ -72,12 +71,6 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     for name, tensor in module.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise FolderError(f"{name} in {folder} has numbers that are NaN or infinite", cure="Fit it anew")
-
-
-def weights_digest(where: str | Path) -> str:
-    """SHA-256 of a folder's weights, in hex; `FolderError` where there are none."""
-    with readable(where, "weights"):
-        return hashlib.sha256((find_folder(where, "weights") / "model.safetensors").read_bytes()).hexdigest()
 
 
 @contextmanager

@@ -45,8 +45,8 @@ class Adaptive(Selector):
         """This policy for a message after another one."""
         return replace(self, change=content_change(now.kv, before.kv))
 
-    def folders(self) -> tuple[str, ...]:
-        return self._selector().folders()
+    def fitted(self) -> tuple[str, ...]:
+        return self._selector().fitted()
 
     def require_sender(self, geometry: Geometry) -> None:
         self._selector().require_sender(geometry)

@@ -4,6 +4,7 @@
 stay in memory until their folder changes.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,14 +40,23 @@ class BoundFolder(Generic[M]):
         Raises `FolderError` for a folder that is missing, corrupt or of another kind, `ForeignModel` for another
         sender's.
         """
-        try:
-            folder = find_folder(where, self.name)
-        except FolderError as error:
-            cure = f"Fit one with {self.command} --out DIR, or give the hub id of one"
-            raise type(error)(error.what, cure=cure) from None
+        folder = self._find(where)
         with readable(where, self.name):
             times = tuple((folder / name).stat().st_mtime_ns for name in ("config.json", "model.safetensors"))
             return _load(self, folder, geometry, torch.device(device), times)
+
+    def digest(self, where: str | Path) -> str:
+        """SHA-256 of a folder's weights, in hex; `FolderError` where there are none."""
+        folder = self._find(where)
+        with readable(where, self.name):
+            return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def _find(self, where: str | Path) -> Path:
+        try:
+            return find_folder(where, self.name)
+        except FolderError as error:
+            cure = f"Fit one with {self.command} --out DIR, or give the hub id of one"
+            raise type(error)(error.what, cure=cure) from None
 
     def require(self, geometry: Geometry, config: Mapping[str, Any]) -> None:
         """Raise `ForeignModel` unless the config names this sender."""

@@ -47,8 +47,8 @@ class Selector(Method, ABC):
         the smallest cap that would do.
         """
 
-    def folders(self) -> tuple[str, ...]:
-        """Folders or hub ids of what was fitted for it: their content decides the plan too."""
+    def fitted(self) -> tuple[str, ...]:
+        """SHA-256 of what was fitted for it and lies in folders: that decides the plan too. Raises `FolderError`."""
         return ()
 
     def require_sender(self, geometry: Geometry) -> None:

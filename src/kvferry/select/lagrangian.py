@@ -31,12 +31,12 @@ class Lagrangian(Allocation):
     name: ClassVar[str] = "lagrangian"
     importance: str = EVEN
 
-    def folders(self) -> tuple[str, ...]:
-        return () if self.importance == EVEN else (self.importance,)
+    def fitted(self) -> tuple[str, ...]:
+        return () if self.importance == EVEN else (IMPORTANCES.digest(self.importance),)
 
     def require_sender(self, geometry: Geometry) -> None:
-        for where in self.folders():
-            IMPORTANCES.load(where, geometry)
+        if self.importance != EVEN:
+            IMPORTANCES.load(self.importance, geometry)
 
     def counts(self, sight: Sight, menu: Menu) -> Float[Tensor, "layers 2 slots"]:
         kv = sight.kv

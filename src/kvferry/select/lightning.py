@@ -37,8 +37,8 @@ class Lightning(TokenSelector):
         if self.window < 1:
             raise BadSpec(f"lightning(window={self.window})", cure="window is 1 or more")
 
-    def folders(self) -> tuple[str, ...]:
-        return (self.indexer,) if self.indexer else ()
+    def fitted(self) -> tuple[str, ...]:
+        return (INDEXERS.digest(self.indexer),) if self.indexer else ()
 
     def require_sender(self, geometry: Geometry) -> None:
         self._indexer(geometry, "cpu")

@@ -39,8 +39,8 @@ class RdGreedy(Graded):
         object.__setattr__(self, "needs", inner.needs)
         object.__setattr__(self, "reads_question", inner.reads_question)
 
-    def folders(self) -> tuple[str, ...]:
-        return self._selector().folders()
+    def fitted(self) -> tuple[str, ...]:
+        return self._selector().fitted()
 
     def require_sender(self, geometry: Geometry) -> None:
         self._selector().require_sender(geometry)

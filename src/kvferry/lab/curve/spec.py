@@ -9,7 +9,6 @@ from kvferry.errors import BadSpec, UsageError
 from kvferry.select import SELECTORS
 from kvferry.select.all import All
 from kvferry.select.contract import Selector, TokenSelector
-from kvferry.weights import weights_digest
 
 QUESTION = "question"
 DEFAULT_SPECS = (
@@ -51,7 +50,7 @@ class Spec:
     def identity(self) -> str:
         """Every option, defaults too, and what lies in folders: whatever changes makes another way of sending."""
         said = f"{self.selector!r} | {self.codec.agreed()!r}"
-        return " ".join([said, *map(weights_digest, self.selector.folders())])
+        return " ".join([said, *self.selector.fitted()])
 
     @property
     def family(self) -> str:
