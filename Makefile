@@ -71,7 +71,7 @@ bench-curves: $(READY) ## what bytes buy, every table of docs/curves.md: hours, 
 	$(CURVE) --pair llama-to-llama --task place:32 --specs-file $(SPECS)/place32.txt --items 60 --dev-items 32 \
 	  --caps 500,750,1000,1400,2000,3000,5000,9000,16000 --csv bench/curve-llama-place32.csv
 	$(CURVE) --pair llama-to-llama --task needle --specs-file $(SPECS)/needle.txt --items 90 --dev-items 64 \
-	  --caps 150,200,250,300,400,600,900,1400,2200,3500,5500,9000,14000,22000 --csv bench/curve-llama-needle.csv
+	  --caps 250,400,600,900,1400,2200,3500,5500,9000,14000,22000 --csv bench/curve-llama-needle.csv
 	$(BIN)/kvferry fit --recipe docs/recipes/small-messages.yaml --out bench/llama-to-gemma3-small
 	$(BIN)/kvferry fit-importance --aligner bench/llama-to-gemma3-small --codec 'ecsq(profile=llama)' --data places --steps 300 \
 	  --out bench/importance-gemma3
