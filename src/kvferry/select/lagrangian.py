@@ -25,7 +25,7 @@ class Lagrangian(Allocation):
     aligners, which miss a slot more than its content.
 
     >>> Lagrangian()
-    lagrangian(importance=even, scope=all_context)
+    lagrangian(importance=even, scope=all_context, drops=True)
     """
 
     name: ClassVar[str] = "lagrangian"
